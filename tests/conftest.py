@@ -1,0 +1,42 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def lpips_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weight file of the perceptual loss: `VQRAE_LPIPS_WEIGHTS`, else one that the tool makes.
+
+    It is kept in `.venv` where there is one, so that it is downloaded once for a machine.
+    """
+    given = os.environ.get("VQRAE_LPIPS_WEIGHTS")
+    if given:
+        return Path(given)
+    venv = ROOT / ".venv"
+    folder = venv if venv.is_dir() else tmp_path_factory.mktemp("lpips")
+    path = folder / "lpips_vgg16.safetensors"
+    made = run_python("tools/make_lpips_weights.py", str(path))
+    if made.returncode:
+        pytest.skip(f"no weights for LPIPS here: {made.stderr.strip()}")
+    return path
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `python *arguments` in the repository, with its package importable."""
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+    )

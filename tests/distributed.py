@@ -1,0 +1,80 @@
+"""Run a test function on several real ranks: spawned processes, gloo, no launcher and no ports.
+
+Starting the ranks costs seconds (each imports DeepSpeed), so let one function do many checks.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+# The default of 30 minutes would let one failed rank block its peers for that long.
+PROCESS_GROUP_TIMEOUT = timedelta(seconds=60)
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., None], *args: Any, timeout_seconds: float = 240.0
+) -> None:
+    """Call `function(rank, *args)` in `world_size` processes that share DeepSpeed's gloo group.
+
+    `function` and `args` are pickled: a function of a module, not a closure. The first rank that
+    fails ends the others, and its traceback is raised here as `mp.ProcessRaisedException`.
+    Raises `TimeoutError`, and kills the ranks, when they take longer than `timeout_seconds`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = os.path.join(folder, "rendezvous")
+        context = mp.spawn(
+            _run_rank, (world_size, rendezvous, function, args), nprocs=world_size, join=False
+        )
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while not context.join(timeout=1.0):
+                if time.monotonic() > deadline:
+                    seconds = f"{timeout_seconds:.0f} s"
+                    raise TimeoutError(f"{function.__name__} ran longer than {seconds}")
+        finally:  # no rank outlives its test, whatever ends it
+            for process in context.processes:
+                process.kill()
+                process.join()
+
+
+def _run_rank(
+    rank: int, world_size: int, rendezvous: str, function: Callable[..., None], args: tuple
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",  # read by DeepSpeed, unused: the rendezvous is a file
+        DS_ACCELERATOR="cpu",
+        DS_LOG_LEVEL="error",
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    import deepspeed
+
+    # Its just-in-time build takes minutes, and hangs on the lock file of a killed build.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=PROCESS_GROUP_TIMEOUT,
+        verbose=False,
+    )
+    try:
+        function(rank, *args)
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()

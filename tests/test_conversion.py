@@ -1,0 +1,273 @@
+"""Conversion of checkpoints: what is stored how, what is refused, what an interruption leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.zero_files import BUFFERS, FROZEN, TRAINED, Tensors, seal, write_step
+from vqrae_ds.conversion import consolidate as consolidate_module
+from vqrae_ds.conversion.consolidate import consolidate, find_step_folder, verify
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_step(tmp_path / "step_00001000", TRAINED, FROZEN, BUFFERS)
+
+
+def expected(cast: torch.dtype | None) -> Tensors:
+    """What a conversion must hold: parameters cast, buffers in fp32 or integers, no teacher."""
+    parameters = {n: t.to(cast or t.dtype) for n, t in (TRAINED | FROZEN).items()}
+    buffers = {n: t.float() if t.is_floating_point() else t for n, t in BUFFERS.items()}
+    tensors = parameters | buffers
+    return {n.removeprefix("vqrae."): t for n, t in tensors.items() if n.startswith("vqrae.")}
+
+
+def assert_identical(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_nothing_written(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00001000"]
+
+
+@pytest.mark.parametrize(
+    ("to", "dtype", "cast"),
+    [
+        ("stage2", torch.float32, None),
+        ("inference", torch.float32, torch.float32),
+        ("inference", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_each_kind_of_tensor_is_stored_as_promised(checkpoint, tmp_path, to, dtype, cast):
+    output = tmp_path / "new" / "out"
+    consolidate(checkpoint, output, to=to, dtype=dtype)
+    assert_identical(load_file(output / "model.safetensors"), expected(cast))
+    verify(checkpoint, output)
+    assert (output / "config.json").read_bytes() == (checkpoint / "model_config.json").read_bytes()
+    record = json.loads((output / "conversion.json").read_text())
+    assert (record["step"], record["stage"], record["kind"]) == (1000, 1, to)
+    assert record["dtype"] == str(dtype).removeprefix("torch.")
+    names = {path.name for path in output.iterdir()}
+    assert names == {"model.safetensors", "config.json", "conversion.json"}
+
+
+def test_shards_follow_the_hugging_face_layout(checkpoint, tmp_path):
+    output = tmp_path / "out"
+    consolidate(checkpoint, output, to="inference", max_shard_bytes=100)
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    wanted, found = expected(torch.float32), {}
+    paths = sorted(output.glob("*.safetensors"))
+    assert len(paths) > 3
+    for number, path in enumerate(paths, start=1):
+        assert path.name == f"model-{number:05d}-of-{len(paths):05d}.safetensors"
+        tensors = load_file(path)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 100
+        assert {n for n, shard in index["weight_map"].items() if shard == path.name} == set(tensors)
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+        found |= tensors
+    assert_identical(found, wanted)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in wanted.values())
+    verify(checkpoint, output)
+
+
+def test_existing_output_and_wrong_requests_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="step_00001000 exists already"):
+        consolidate(checkpoint, checkpoint, to="inference")
+    with pytest.raises(ValueError, match="is for inference"):
+        consolidate(checkpoint, tmp_path / "out", to="stage2", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="float16"):
+        consolidate(checkpoint, tmp_path / "out", to="inference", dtype=torch.float16)
+    with pytest.raises(ValueError, match="stage3"):
+        consolidate(checkpoint, tmp_path / "out", to="stage3")
+    assert_nothing_written(tmp_path)
+
+
+def test_damage_is_refused_and_named(checkpoint, tmp_path):
+    path = checkpoint / "generator" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    intact = path.read_bytes()
+    middle = intact.index(TRAINED["vqrae.decoder.bias"][5:10].numpy().tobytes())
+    path.write_bytes(intact[:middle] + bytes([intact[middle] ^ 1]) + intact[middle + 1 :])
+    with pytest.raises(ValueError, match=f"{path.name} does not match its checksum"):
+        consolidate(checkpoint, tmp_path / "out", to="inference")
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{path.name} is missing"):
+        consolidate(checkpoint, tmp_path / "out", to="inference")
+    path.write_bytes(intact)
+    stranger = path.with_name("zero_pp_rank_3_mp_rank_00_optim_states.pt")
+    stranger.write_bytes(intact)
+    with pytest.raises(ValueError, match=f"{stranger.name} is not in the manifest"):
+        consolidate(checkpoint, tmp_path / "out", to="inference")
+    stranger.unlink()
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="has no manifest.json"):
+        consolidate(checkpoint, tmp_path / "out", to="inference")
+    assert_nothing_written(tmp_path)
+
+
+def test_an_unknown_part_of_the_module_is_not_dropped_in_silence(tmp_path):
+    trained = TRAINED | {"perceptual.weight": torch.randn(3)}
+    checkpoint = write_step(tmp_path / "step_00001000", trained, FROZEN, BUFFERS)
+    with pytest.raises(ValueError, match=r"perceptual\.weight"):
+        consolidate(checkpoint, tmp_path / "out", to="inference")
+    assert_nothing_written(tmp_path)
+
+
+def test_a_failure_while_writing_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    def disk_full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(consolidate_module, "write_json_atomically", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        consolidate(checkpoint, tmp_path / "out", to="inference")
+    assert_nothing_written(tmp_path)
+
+
+def test_verify_finds_every_difference(checkpoint, tmp_path):
+    output = tmp_path / "out"
+    consolidate(checkpoint, output, to="inference")
+    path = output / "model.safetensors"
+    intact = path.read_bytes()
+    good = load_file(path)
+
+    def differences() -> str:
+        with pytest.raises(ValueError) as caught:
+            verify(checkpoint, output)
+        return str(caught.value)
+
+    path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    assert "used in model.safetensors differs" in differences()
+    path.write_bytes(intact[:-1])
+    assert "model.safetensors cannot be read" in differences()
+    save_file({n: t for n, t in good.items() if n != "mean"}, path)
+    assert "mean was not written" in differences()
+    save_file(good | {"stray": torch.ones(1)}, path)
+    assert "stray in model.safetensors is not in the checkpoint" in differences()
+    save_file(good | {"mean": good["mean"].double()}, path)
+    assert "mean in model.safetensors is torch.float64" in differences()
+    path.write_bytes(intact)
+    save_file({"mean": good["mean"]}, output / "model-2.safetensors")
+    assert "mean is in" in differences() and "again" in differences()
+    (output / "model-2.safetensors").unlink()
+    (output / "config.json").write_text("{}")
+    assert "config.json" in differences()
+    seal(checkpoint, step=2000)
+    assert "was not converted from" in differences()
+
+
+def test_the_newest_complete_step_is_found(tmp_path):
+    run, steps = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    for step in (900, 99999999, 100000000):
+        (steps / f"step_{step:08d}").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        find_step_folder(run)
+    for step in (900, 99999999):
+        seal(steps / f"step_{step:08d}", step=step)
+    (steps / "step_100000000" / "manifest.json").write_text("{")
+    assert find_step_folder(run) == find_step_folder(steps) == steps / "step_99999999"
+    assert find_step_folder(steps / "step_00000900") == steps / "step_00000900"
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        find_step_folder(tmp_path / "nowhere")
+
+
+def start_python(*args: str, path: Path = REPOSITORY) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *args],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": f"{path}:{REPOSITORY}", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_command_line(checkpoint, tmp_path):
+    """Converts and verifies without DeepSpeed; a mistake is one line and exit status 2."""
+    (tmp_path / "deepspeed.py").write_text("raise RuntimeError('deepspeed was imported')")
+    tool, out = "tools/convert_checkpoint.py", str(tmp_path / "out")
+    processes = [
+        start_python(tool, *args, path=tmp_path)
+        for args in (
+            (str(tmp_path), out, "--to", "inference", "--dtype", "bf16", "--verify"),
+            (str(tmp_path), out + "2", "--to", "stage2", "--dtype", "bf16"),
+            ("--help",),
+        )
+    ]
+    (done, _), (_, error), (usage, _) = (process.communicate() for process in processes)
+    assert [process.returncode for process in processes] == [0, 2, 0]
+    assert "verified" in done
+    assert error.startswith("error: stage2 keeps") and error.count("\n") == 1
+    assert "example" in usage
+    assert_identical(load_file(Path(out) / "model.safetensors"), expected(torch.bfloat16))
+
+
+def test_kill_9_leaves_no_output_and_does_not_block_the_next_attempt(tmp_path):
+    trained = {f"vqrae.layer{i}": torch.randn(50) for i in range(4000)}
+    checkpoint = write_step(tmp_path / "step_00001000", trained, {}, {}, world_size=1)
+    output = tmp_path / "out"
+    code = (
+        "from vqrae_ds.conversion.consolidate import consolidate\n"
+        f"consolidate({str(checkpoint)!r}, {str(output)!r}, to='inference', max_shard_bytes=400)"
+    )
+    process = start_python("-c", code)
+    while len(written := list(tmp_path.glob(".out.*.partial/*"))) < 20:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert len(written) < 2000 and not output.exists(), "it was killed too late to prove anything"
+    consolidate(checkpoint, output, to="inference")
+    verify(checkpoint, output)
+
+
+MEASURE = """
+import re, sys, threading, time, torch
+from vqrae_ds.conversion.consolidate import consolidate, verify
+
+def anonymous_mb():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous_mb())
+        time.sleep(0.001)
+
+before = peak = anonymous_mb()
+threading.Thread(target=watch, daemon=True).start()
+consolidate(sys.argv[1], sys.argv[2], to="inference", dtype=getattr(torch, sys.argv[3]))
+verify(sys.argv[1], sys.argv[2])
+print(peak - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_does_not_grow_with_the_model(tmp_path, dtype):
+    """RssAnon: memory of our own; mapped pages of the files are the kernel's to take back."""
+    num_elements = 1 << 24  # 64 MB in fp32: holding one tensor whole would show
+    trained = {f"vqrae.decoder{i}": torch.ones(num_elements) for i in range(3)}
+    frozen = {f"vqrae.encoder{i}": torch.ones(num_elements).bfloat16() for i in range(3)}
+    checkpoint = write_step(tmp_path / "step_00001000", trained, frozen, {}, world_size=8)
+    output = tmp_path / "out"
+    process = start_python("-c", MEASURE, str(checkpoint), str(output), dtype)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert (output / "model.safetensors").stat().st_size > 190 << 20
+    assert float(stdout) < 48

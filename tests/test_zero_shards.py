@@ -1,0 +1,113 @@
+"""The reader of ZeRO files: what it refuses, by name, and that it runs no code from a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.zero_files import BUFFERS, FROZEN, TRAINED, seal, write_step
+from vqrae_ds.conversion.consolidate import consolidate
+from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_step(tmp_path / "step_00001000", TRAINED, FROZEN, BUFFERS)
+
+
+def test_reads_every_tensor_without_padding_into_its_own_memory(checkpoint):
+    reader = ZeroCheckpoint(checkpoint / "generator")
+    assert reader.tensors.keys() == (TRAINED | FROZEN | BUFFERS).keys()
+    for kind, tensors in {"trainable": TRAINED, "frozen": FROZEN, "buffer": BUFFERS}.items():
+        for name, tensor in tensors.items():
+            assert reader.tensors[name] == (tensor.shape, tensor.dtype, kind)
+            reader.read(name).zero_()  # would reach a mapped file that is shared
+            assert torch.equal(reader.read(name), tensor)
+
+
+def edit(path: Path, key: str, value: object) -> None:
+    state = torch.load(path)
+    (state["optimizer_state_dict"] if "optim" in path.name else state)[key] = value
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("zero_pp_rank_2_mp_rank_00_optim_states.pt", "partition_count", 4),
+        ("zero_pp_rank_2_mp_rank_00_optim_states.pt", "partition_count", [3, 2]),
+        ("zero_pp_rank_1_mp_rank_00_optim_states.pt", "fp32_flat_groups", [torch.ones(12)]),
+        ("zero_pp_rank_1_mp_rank_00_optim_states.pt", "fp32_flat_groups", None),
+        ("zero_pp_rank_1_mp_rank_00_optim_states.pt", "fp32_flat_groups", [torch.ones(12)] * 3),
+        ("zero_pp_rank_1_mp_rank_00_model_states.pt", "frozen_param_fragments", {}),
+        ("zero_pp_rank_1_mp_rank_00_model_states.pt", "frozen_param_shapes", None),
+        ("zero_pp_rank_2_mp_rank_00_model_states.pt", "global_steps", 8),
+        ("zero_pp_rank_2_mp_rank_00_model_states.pt", "param_shapes", []),
+    ],
+)
+def test_ranks_that_contradict_each_other_are_named(checkpoint, file, key, value):
+    edit(checkpoint / "generator" / file, key, value)
+    with pytest.raises(ValueError, match=file):
+        ZeroCheckpoint(checkpoint / "generator")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero_pp_rank_0_mp_rank_00_model_states.pt",
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "zero_pp_rank_2_mp_rank_00_optim_states.pt",
+    ],
+)
+def test_a_missing_rank_is_named(checkpoint, name):
+    (checkpoint / "generator" / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} missing"):
+        ZeroCheckpoint(checkpoint / "generator")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero_pp_rank_3_mp_rank_00_optim_states.pt",
+        "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "zero_pp_rank_0_mp_rank_01_model_states.pt",
+        "mp_rank_00_model_states.pt",
+    ],
+)
+def test_a_file_of_another_run_or_layout_is_named(checkpoint, name):
+    folder = checkpoint / "generator"
+    source = folder / "zero_pp_rank_2_mp_rank_00_optim_states.pt"
+    (folder / name).write_bytes(source.read_bytes())
+    with pytest.raises(ValueError, match="does not belong|missing"):
+        ZeroCheckpoint(folder)
+
+
+class Payload:
+    """Unpickles by calling `function(*args)`."""
+
+    def __init__(self, function: object, *args: object) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+@pytest.mark.parametrize("name", ["model_states", "optim_states"])
+@pytest.mark.parametrize("function", [os.mkdir, eval])
+@pytest.mark.parametrize("modern", [True, False], ids=["zip", "bare pickle"])
+def test_code_in_a_file_is_refused_and_not_run(checkpoint, tmp_path, name, function, modern):
+    path = checkpoint / "generator" / f"zero_pp_rank_1_mp_rank_00_{name}.pt"
+    trap = tmp_path / "trap"
+    argument = str(trap) if function is os.mkdir else f"__import__('os').mkdir({str(trap)!r})"
+    state = torch.load(path) | {"extra": Payload(function, argument)}
+    torch.save(state, path, _use_new_zipfile_serialization=modern)
+    seal(checkpoint)
+    wanted = rf"{path.name}.*{function.__name__}.*refused" if modern else path.name
+    with pytest.raises(ValueError, match=wanted):
+        consolidate(checkpoint, tmp_path / "out", to="inference")
+    assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists(), "the trap must be armed for this test to say anything"

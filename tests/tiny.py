@@ -1,0 +1,101 @@
+"""The smallest whole setting: a model of a few blocks, its configuration files, and random weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from vqrae_ds.config import ModelConfig, Run, read_run
+from vqrae_ds.models.discriminator import PatchDiscriminator
+from vqrae_ds.models.vqrae import VQRAE
+
+IMAGE_SIZE, PATCH_SIZE, NUM_CODES = 32, 8, 64
+
+ENCODER = {
+    "model_type": "internvl_vision",
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": [IMAGE_SIZE, IMAGE_SIZE],
+    "patch_size": [PATCH_SIZE, PATCH_SIZE],
+    "attention_bias": False,
+    "use_qk_norm": True,
+    "norm_type": "rms_norm",
+    "layer_scale_init_value": 0.1,
+    "initializer_range": 0.1,
+    "use_mean_pooling": True,
+}
+MODEL = {"image_size": IMAGE_SIZE, "num_embeddings": NUM_CODES, "embedding_dim": 16}
+GAN = {"channels": 8, "num_layers": 2}
+
+DEEPSPEED = {
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 1.0,
+    "zero_allow_untested_optimizer": True,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.05}},
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def build_model(seed: int = 0, **options: Any) -> VQRAE:
+    """A model with random weights everywhere, position embeddings and feature statistics included."""
+    torch.manual_seed(seed)
+    model = VQRAE(config=ModelConfig(encoder_config=ENCODER, **MODEL), **options)
+    with torch.no_grad():
+        model.standardize.mean.normal_()
+        model.standardize.std.uniform_(0.5, 2)
+        embeddings = model.encoder.model.embeddings
+        embeddings.cls_token.normal_()
+        embeddings.position_embeddings.normal_(std=0.5)
+    return model
+
+
+def save_initial(folder: Path) -> None:
+    """A consolidated folder to start from, discriminator included."""
+    build_model().save_pretrained(folder)
+    torch.manual_seed(1)
+    discriminator = PatchDiscriminator(**GAN)
+    save_file(discriminator.state_dict(), folder / "discriminator.safetensors")
+
+
+def make_run(
+    folder: Path,
+    stage: int,
+    *,
+    losses: dict[str, Any] | None = None,
+    deepspeed: dict[str, Any] | None = None,
+    world_size: int = 2,
+    **sections: dict[str, Any],
+) -> Run:
+    """A checked run that starts from `save_initial(folder / "initial")`; files are written to `folder`."""
+    (folder / "encoder").mkdir(exist_ok=True)
+    (folder / "encoder" / "config.json").write_text(json.dumps(ENCODER))
+    config = {
+        "stage": stage,
+        "run": {"output_dir": str(folder / f"stage{stage}"), "total_steps": 1000},
+        "model": {**MODEL, "encoder_config_path": str(folder / "encoder")},
+        "init": {"model": str(folder / "initial")},
+        "losses": losses or {},
+        "data": {"train": str(folder), "num_workers": 0},
+    }
+    for name, values in sections.items():
+        config[name] = {**config.get(name, {}), **values}
+    merged = copy.deepcopy(DEEPSPEED) | (deepspeed or {})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "deepspeed.json").write_text(json.dumps(merged))
+    return read_run(folder / "config.yaml", folder / "deepspeed.json", world_size=world_size)
+
+
+def images_of(step: int, rank: int, batch: int = 2) -> torch.Tensor:
+    """The images of a rank at a step: smooth, so that the perceptual loss has something to see."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    coarse = torch.rand(batch, 3, 8, 8, generator=generator)
+    return torch.nn.functional.interpolate(coarse, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")

@@ -1,0 +1,89 @@
+"""Checkpoint folders in DeepSpeed's file layout, made without DeepSpeed: small, fast, of any size.
+
+That the layout is the real one is proved by `tests/integration/test_conversion_zero.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+from vqrae_ds.manifest import Manifest, hash_file, list_files, write_manifest
+
+Tensors = dict[str, torch.Tensor]
+
+TRAINED = {
+    "vqrae.decoder.weight": torch.randn(5, 7),
+    "vqrae.decoder.scale": torch.randn(()),  # fewer elements than ranks
+    "vqrae.decoder.bias": torch.randn(13),
+}
+FROZEN = {
+    "vqrae.encoder.weight": torch.randn(11, 3).bfloat16(),
+    "vqrae.encoder.empty": torch.empty(0, 4, dtype=torch.bfloat16),
+    "teacher.weight": torch.randn(4, 4).bfloat16(),
+}
+BUFFERS = {
+    "vqrae.mean": torch.randn(3),
+    "vqrae.half_mean": torch.randn(3).bfloat16(),
+    "vqrae.count": torch.tensor(3),
+    "vqrae.used": torch.tensor([True, False, True]),
+}
+
+
+def write_step(
+    folder: Path,
+    trained: Tensors,
+    frozen: Tensors,
+    buffers: Tensors,
+    *,
+    world_size: int = 3,
+    step: int = 1000,
+) -> Path:
+    """A step folder as the trainer leaves it, without a discriminator; returns `folder`."""
+    write_zero3(folder / "generator", trained, frozen, buffers, world_size=world_size)
+    (folder / "model_config.json").write_text('{"image_size": 448,  "b": 1}')
+    (folder / "trainer_state.json").write_text(json.dumps({"step": step, "stage": 1}))
+    seal(folder, step=step, world_size=world_size)
+    return folder
+
+
+def seal(folder: Path, *, step: int = 1000, world_size: int = 3) -> None:
+    """Write the manifest of `folder` as it is now."""
+    files = {name: hash_file(folder / name) for name in list_files(folder)}
+    write_manifest(folder, Manifest(step, 1, world_size, {"torch": "2"}, files))
+
+
+def write_zero3(
+    folder: Path, trained: Tensors, frozen: Tensors, buffers: Tensors, *, world_size: int
+) -> None:
+    """The ZeRO-3 files of one engine; each trained tensor in a sub-group of its own."""
+    folder.mkdir(parents=True)
+    for rank in range(world_size):
+        name = f"zero_pp_rank_{rank}_mp_rank_00"
+        placeholders = {name: torch.empty(0) for name in [*trained, *frozen]}
+        model = {
+            "module": OrderedDict(**buffers, **placeholders),
+            "buffer_names": list(buffers),
+            "param_shapes": [OrderedDict({n: t.shape}) for n, t in trained.items()],
+            "frozen_param_shapes": OrderedDict((n, t.shape) for n, t in frozen.items()),
+            "frozen_param_fragments": {
+                n: _share(t, rank, world_size, poison=3e9) for n, t in frozen.items()
+            },
+            "shared_params": {},
+            "global_steps": 7,
+        }
+        torch.save(model, folder / f"{name}_model_states.pt")
+        flats = [_share(t, rank, world_size, poison=3e9) for t in trained.values()]
+        state = {"partition_count": world_size, "zero_stage": 3, "fp32_flat_groups": flats}
+        torch.save({"optimizer_state_dict": state}, folder / f"{name}_optim_states.pt")
+
+
+def _share(tensor: torch.Tensor, rank: int, world_size: int, *, poison: float) -> torch.Tensor:
+    """The rank's share; padded with a number that must not be seen again."""
+    share = -(-tensor.numel() // world_size)
+    padded = torch.full((share * world_size,), poison, dtype=tensor.dtype)
+    padded[: tensor.numel()] = tensor.reshape(-1)
+    return padded[rank * share : (rank + 1) * share].clone()

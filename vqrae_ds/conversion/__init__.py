@@ -1,0 +1,1 @@
+"""Weights from other formats to safetensors: ZeRO checkpoints, official encoders."""

@@ -1,0 +1,226 @@
+"""A checkpoint folder of the trainer -> a folder of safetensors, for stage 2 or for inference.
+
+What is stored, in which dtype:
+
+    tensor              stage2                        inference
+    trained parameter   the fp32 master               cast to `dtype`
+    frozen parameter    as trained beside (bf16       cast to `dtype`
+                        stays bf16: nothing to gain)
+    float buffer        fp32                          fp32: they are feature statistics
+    integer buffer      as it is                      as it is
+    discriminator       discriminator.safetensors     left out
+    teacher             left out                      left out
+
+Beside the weights: `config.json` (the model's, unchanged) and `conversion.json` (the source).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from tqdm import tqdm
+
+from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
+from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
+from vqrae_ds.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    find_damage,
+    hash_file,
+    list_files,
+    read_manifest,
+    write_json_atomically,
+)
+
+Target = Literal["stage2", "inference"]
+
+_RECORD_NAME = "conversion.json"
+_MODEL_PREFIX, _TEACHER_PREFIX = "vqrae.", "teacher."
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+logger = logging.getLogger(__name__)
+
+
+def find_step_folder(path: Path) -> Path:
+    """The step folder meant by `path`: itself, or the newest complete one of a run.
+
+    `path` may be a step folder, a run's `checkpoints` folder or the run folder. Raises `ValueError`
+    when it is none of these, or holds no complete checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder")
+    if _STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST_NAME).is_file():
+        return path
+    inside = path / "checkpoints"
+    return _newest_complete(inside if inside.is_dir() else path)
+
+
+def consolidate(
+    checkpoint: Path,
+    output: Path,
+    *,
+    to: Target,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 4 << 30,
+    progress: bool = False,
+) -> None:
+    """Convert the step folder `checkpoint` into the new folder `output`.
+
+    Memory stays at a few MB whatever the size of the model. `output` appears, complete and synced,
+    by a rename at the end. Raises `ValueError`, before anything is written, when `output` exists,
+    when `dtype` is not float32 (or bfloat16, for inference), and when the checkpoint is incomplete
+    or damaged, listing its damaged files.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    if output.exists():
+        raise ValueError(f"{output} exists already: remove it or choose another name")
+    _check_intact(checkpoint, read_manifest(checkpoint))
+    weights = _select_weights(checkpoint, to, dtype)
+    total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in output.parent.glob(f".{output.name}.*.partial"):
+        logger.warning("%s: left by an interrupted conversion, or by one still running", leftover)
+    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir()
+    try:
+        with _bar(total, "writing", progress) as bar:
+            write_model(partial, weights["model"], max_shard_bytes, bar.update)
+            if "discriminator" in weights:
+                path = partial / "discriminator.safetensors"
+                write_file(path, weights["discriminator"], bar.update)
+        shutil.copyfile(checkpoint / "model_config.json", partial / "config.json")
+        _sync(partial / "config.json")
+        write_json_atomically(partial / _RECORD_NAME, _describe(checkpoint, to, dtype))
+        os.rename(partial, output)
+        _sync(output.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the rename
+
+
+def verify(checkpoint: Path, output: Path, *, progress: bool = False) -> None:
+    """Prove that `output` is the conversion of `checkpoint`: every tensor once, equal in every bit.
+
+    Raises `ValueError` listing what differs. The checkpoint is not hashed again, so this is for
+    right after `consolidate`, which did.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    record = json.loads((output / _RECORD_NAME).read_text())
+    to, dtype = record.get("kind"), _DTYPES.get(record.get("dtype"))
+    if record != _describe(checkpoint, to, dtype):
+        raise ValueError(f"{output} was not converted from {checkpoint}, by its {_RECORD_NAME}")
+    weights = _select_weights(checkpoint, to, dtype)
+    total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
+    differences = []
+    with _bar(total, "verifying", progress) as bar:
+        for stem, tensors in weights.items():
+            differences += compare(output, stem, tensors, bar.update)
+    if (output / "config.json").read_bytes() != (checkpoint / "model_config.json").read_bytes():
+        differences.append("config.json is not the checkpoint's model_config.json")
+    if differences:
+        raise ValueError(f"{output} is not what {checkpoint} holds: {'; '.join(differences)}")
+
+
+def _newest_complete(folder: Path) -> Path:
+    """The `step_XXXXXXXX` folder of the highest step that has a readable manifest."""
+    steps = {int(m[1]): p for p in folder.iterdir() if (m := _STEP_FOLDER.fullmatch(p.name))}
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            read_manifest(path)
+        except ValueError as error:
+            logger.warning("skipped: %s", error)
+        else:
+            return path
+    raise ValueError(f"{folder} holds no complete checkpoint (step_XXXXXXXX/{MANIFEST_NAME})")
+
+
+def _check_intact(checkpoint: Path, manifest: Manifest) -> None:
+    """Every file of the manifest is as it was written, and it vouches for every file we read."""
+    damage = find_damage(checkpoint, manifest)
+    needed = {name for name in list_files(checkpoint) if name.endswith("_states.pt")}
+    needed.add("model_config.json")
+    damage += [f"{name} is not in the manifest" for name in sorted(needed - manifest.files.keys())]
+    if damage:
+        raise ValueError(f"{checkpoint} is damaged: {'; '.join(damage)}")
+
+
+def _select_weights(
+    checkpoint: Path, to: Target, dtype: torch.dtype
+) -> dict[str, list[StreamedTensor]]:
+    """What is written under which file stem, in the order of the checkpoint."""
+    if to not in get_args(Target):
+        raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(get_args(Target))}")
+    if dtype not in _DTYPES.values():
+        raise ValueError(f"cannot store {dtype}: choose one of {', '.join(_DTYPES)}")
+    if to == "stage2" and dtype != torch.float32:
+        raise ValueError(
+            f"stage2 keeps the fp32 masters to train on from: {dtype} is for inference"
+        )
+    cast = dtype if to == "inference" else None
+    generator = ZeroCheckpoint(checkpoint / "generator")
+    weights: dict[str, list[StreamedTensor]] = {"model": []}
+    for name in generator.tensors:
+        if name.startswith(_MODEL_PREFIX):
+            short_name = name.removeprefix(_MODEL_PREFIX)
+            weights["model"].append(_stream(generator, name, short_name, cast))
+        elif not name.startswith(_TEACHER_PREFIX):
+            raise ValueError(
+                f"{generator.folder} holds {name}, of neither the model nor its teacher"
+            )
+    if to == "stage2" and (checkpoint / "discriminator").is_dir():
+        discriminator = ZeroCheckpoint(checkpoint / "discriminator")
+        names = discriminator.tensors
+        weights["discriminator"] = [_stream(discriminator, name, name, None) for name in names]
+    return weights
+
+
+def _stream(
+    source: ZeroCheckpoint, name: str, new_name: str, cast: torch.dtype | None
+) -> StreamedTensor:
+    info = source.tensors[name]
+    dtype = info.dtype
+    if dtype.is_floating_point:
+        if info.kind == "buffer":
+            dtype = torch.promote_types(dtype, torch.float32)
+        elif cast is not None:
+            dtype = cast
+    return StreamedTensor(new_name, info.shape, dtype, functools.partial(source.pieces, name))
+
+
+def _describe(checkpoint: Path, to: Target, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of `conversion.json`."""
+    manifest = read_manifest(checkpoint)
+    return {
+        "kind": to,
+        "dtype": str(dtype).removeprefix("torch."),
+        "step": manifest.step,
+        "stage": manifest.stage,
+        "versions": manifest.versions,
+        "source_manifest_xxh3_128": hash_file(checkpoint / MANIFEST_NAME).xxh3_128,
+    }
+
+
+def _bar(total_bytes: int, what: str, progress: bool) -> tqdm:
+    """A progress bar in bytes on a terminal, a silent one otherwise."""
+    silent = None if progress else True
+    return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, disable=silent)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""How good is the tokenizer: figures and pictures."""

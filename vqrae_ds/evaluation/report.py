@@ -1,0 +1,31 @@
+"""Pictures: rows of images side by side, as a grid that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+
+def image_grid(columns: Sequence[Tensor], *, min_side: int = 0) -> Tensor:
+    """One row an image, one column a version of it: (3, H, W) in [0, 1].
+
+    `columns` are batches (B, 3, h, w) of equal size. Images smaller than `min_side` pixels are
+    enlarged by a whole factor without smoothing, so that what is seen is what was decoded.
+    """
+    B, _, side, _ = columns[0].shape
+    rows_BC3hw = torch.stack([c.cpu().float().clamp(0, 1) for c in columns], dim=1)
+    images = rows_BC3hw.flatten(0, 1)
+    factor = max(1, -(-min_side // side))
+    images = F.interpolate(images, scale_factor=factor, mode="nearest")
+    return make_grid(images, nrow=len(columns), padding=4, pad_value=1.0)
+
+
+def save_grid(grid_3HW: Tensor, path: Path) -> None:
+    """Write the grid as PNG, the folder made if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(grid_3HW, path)

@@ -1,0 +1,108 @@
+"""The manifest of a checkpoint folder: which files belong to it, how long they are, what they hash to.
+
+`manifest.json` is written last, under a temporary name and renamed, so a folder that has one is complete.
+DeepSpeed writes no checksum of its own, and loads a file with a flipped byte without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+_READ_BYTES = 1 << 24
+
+
+class FileRecord(NamedTuple):
+    """Size in bytes and XXH3-128 digest (hex) of one file."""
+
+    size: int
+    xxh3_128: str
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint folder contains; `files` maps a path relative to the folder to its record."""
+
+    step: int
+    stage: int
+    world_size: int
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Read `path` once and return its size and digest."""
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileRecord(size, digest.hexdigest())
+
+
+def list_files(folder: Path) -> list[str]:
+    """All files below `folder` that a manifest covers, as sorted relative POSIX paths."""
+    paths = (p for p in Path(folder).rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
+    return sorted(p.relative_to(folder).as_posix() for p in paths)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Publish `folder` as complete. Every file must be on disk, and every rank past its writes."""
+    payload = {"format_version": FORMAT_VERSION, **manifest._asdict()}
+    payload["files"] = {name: record._asdict() for name, record in manifest.files.items()}
+    write_json_atomically(Path(folder) / MANIFEST_NAME, payload)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of `folder`.
+
+    Raises `ValueError` when there is none (an interrupted save) or when it cannot be understood.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {MANIFEST_NAME}: it is not a complete checkpoint")
+    try:
+        payload: dict[str, Any] = json.loads(path.read_text())
+        version = payload.pop("format_version")
+        payload["files"] = {name: FileRecord(**r) for name, r in payload["files"].items()}
+        manifest = Manifest(**payload)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a readable manifest: {error}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
+    return manifest
+
+
+def find_damage(folder: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:
+    """Compare `folder` with its manifest; one line per missing, resized or altered file, empty if intact."""
+    damage = []
+    for name, record in manifest.files.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            damage.append(f"{name} is missing")
+        elif path.stat().st_size != record.size:
+            damage.append(f"{name} has {path.stat().st_size} bytes, the manifest says {record.size}")
+        elif checksums and hash_file(path) != record:
+            damage.append(f"{name} does not match its checksum")
+    return damage
+
+
+def write_json_atomically(path: Path, payload: Any) -> None:
+    """Write JSON so that `path` holds either its old content or the whole new one, after a crash too."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        json.dump(payload, file, indent=2, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

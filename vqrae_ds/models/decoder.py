@@ -1,0 +1,149 @@
+"""The symmetric ViT decoder: code features -> patches of pixels (VQRAE, section 3.2: patch size 1, linear head).
+
+Pre-norm blocks with LayerScale, as deep and wide as the encoder. The norm of queries and keys is per head:
+over the full width it would need a collective under tensor parallelism.
+
+Shapes: B batch, N = h*w tokens, D width, P = 3 * patch_size^2 values a patch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vqrae_ds.config import DecoderConfig
+
+NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+NORM_EPS = 1e-6
+
+
+class DecoderOutput(NamedTuple):
+    """`patches_BhwP` become an image by `unpatchify`; `hidden_BND` is the input of the head that made them."""
+
+    patches_BhwP: Tensor
+    hidden_BND: Tensor
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without a mask."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        head_size = config.hidden_size // config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_norm = nn.RMSNorm(head_size, NORM_EPS) if config.use_qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_size, NORM_EPS) if config.use_qk_norm else nn.Identity()
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        qkv = rearrange(
+            self.qkv(x_BND), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
+        q_BHNd, k_BHNd, v_BHNd = qkv
+        q_BHNd, k_BHNd = self.q_norm(q_BHNd), self.k_norm(k_BHNd)
+        out_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd)
+        return self.proj(rearrange(out_BHNd, "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BND)))
+
+
+class LayerScale(nn.Module):
+    """A learnable factor a channel, small at the start so that a deep stack begins near the identity."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.scale = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.scale, self.initial)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return x_BND * self.scale
+
+
+class Block(nn.Module):
+    """x + scale * attention(norm(x)), then x + scale * mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        norm = NORMS[config.norm_type]
+        self.norm1, self.norm2 = (norm(config.hidden_size, NORM_EPS) for _ in range(2))
+        self.attention, self.mlp = Attention(config), Mlp(config)
+        self.scale1, self.scale2 = (
+            LayerScale(config.hidden_size, config.layer_scale_init_value) for _ in range(2)
+        )
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = x_BND + self.scale1(self.attention(self.norm1(x_BND)))
+        return x_BND + self.scale2(self.mlp(self.norm2(x_BND)))
+
+
+class PixelHead(nn.Linear):
+    """Hidden features -> pixels of a patch. The bias starts at mid-grey, the middle of [0, 1]."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.constant_(self.bias, 0.5)
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector a position of a square grid, interpolated bicubically in fp32 for other grids."""
+
+    def __init__(self, side: int, width: int) -> None:
+        super().__init__()
+        self.side = side
+        self.weight = nn.Parameter(torch.empty(1, side * side, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x_BND: Tensor, h: int, w: int) -> Tensor:
+        if (h, w) == (self.side, self.side):
+            return x_BND + self.weight
+        grid_1Dss = rearrange(self.weight.float(), "1 (s t) d -> 1 d s t", s=self.side)
+        grid_1Dhw = F.interpolate(grid_1Dss, (h, w), mode="bicubic", align_corners=False)
+        return x_BND + rearrange(grid_1Dhw, "1 d h w -> 1 (h w) d").to(x_BND.dtype)
+
+
+class Decoder(nn.Module):
+    """Blocks and head. `side` is the grid that the position embedding is learned on."""
+
+    def __init__(self, config: DecoderConfig, side: int, patch_size: int) -> None:
+        super().__init__()
+        self.position = PositionEmbedding(side, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = NORMS[config.norm_type](config.hidden_size, NORM_EPS)
+        self.head = PixelHead(config.hidden_size, 3 * patch_size**2)
+
+    def forward(self, x_BND: Tensor, h: int, w: int) -> DecoderOutput:
+        """Decode features of a grid of `h` x `w` tokens, N = h*w in row-major order."""
+        x_BND = self.position(x_BND, h, w)
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        hidden_BND = self.norm(x_BND)
+        patches_BhwP = self.head(hidden_BND).unflatten(1, (h, w))
+        return DecoderOutput(patches_BhwP, hidden_BND)
+
+
+def unpatchify(patches_BhwP: Tensor) -> Tensor:
+    """Patches (B, h, w, 3 * q * q) -> images (B, 3, h*q, w*q)."""
+    q = round((patches_BhwP.shape[-1] / 3) ** 0.5)
+    return rearrange(patches_BhwP, "b h w (c p q) -> b c (h p) (w q)", c=3, p=q)

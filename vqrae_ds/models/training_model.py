@@ -1,0 +1,34 @@
+"""What the generator engine trains: the tokenizer and, in stage 2, the frozen first encoder beside it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqrae_ds.models.vqrae import VQRAE, VQRAEOutput
+
+
+class TrainingOutput(NamedTuple):
+    """`teacher_features_BND` are the first encoder's features of the same images, without gradient."""
+
+    vqrae: VQRAEOutput
+    teacher_features_BND: Tensor | None
+
+
+class TrainingModel(nn.Module):
+    """One module for one engine, so that the teacher is sharded like everything else."""
+
+    def __init__(self, vqrae: VQRAE, teacher: nn.Module | None = None) -> None:
+        super().__init__()
+        self.vqrae = vqrae
+        self.teacher = None if teacher is None else teacher.requires_grad_(False)
+
+    def forward(self, images_B3HW: Tensor) -> TrainingOutput:
+        """Images (B, 3, H, W) in [0, 1]."""
+        features_BND = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                features_BND = self.teacher(images_B3HW)
+        return TrainingOutput(self.vqrae(images_B3HW), features_BND)
