@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from vqrae_ds.manifest import write_json_atomically
 
-_CHUNK_ELEMENTS = 1 << 21
+_CHUNK_ELEMENTS = 1 << 20
 _DTYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -46,10 +46,14 @@ class StreamedTensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """The bytes in order, as flat uint8 tensors of at most a few MB."""
+        """The bytes in order, as flat uint8 tensors of a few MB, each valid until the next."""
+        # One buffer for all casts: malloc does not reliably give a freed one out again.
+        buffer = torch.empty(_CHUNK_ELEMENTS, dtype=self.dtype)
         for piece in self.pieces():
             for chunk in piece.split(_CHUNK_ELEMENTS):
-                yield chunk.to(self.dtype).view(torch.uint8)
+                if chunk.dtype != self.dtype:
+                    chunk = buffer[: chunk.numel()].copy_(chunk)
+                yield chunk.view(torch.uint8)
 
 
 def write_file(path: Path, tensors: list[StreamedTensor], advance: Callable[[int], object]) -> None:

@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -140,6 +141,15 @@ def decode_sample(
     except ValueError as error:
         raise ValueError(f"{sample.shard}, sample {sample.key!r}: {error}") from error
     return crop_to_tensor(image, choose_crop(image.width, image.height), image_size=image_size)
+
+
+def load_image(path: Path, *, image_size: int) -> torch.Tensor:
+    """A picture's largest centre square, (3, S, S) in [0, 1]. Raises `ValueError` naming a bad file."""
+    try:
+        image = decode_image(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return crop_to_tensor(image, centre_crop(*image.size), image_size=image_size)
 
 
 def _orientation(image: Image.Image) -> int:

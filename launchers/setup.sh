@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Makes .venv with the package and what it needs; does nothing if that is done already.
+#   bash launchers/setup.sh [EXTRA]        EXTRA: dev, gpu
+# PYTHON names the interpreter to build on (3.10 or newer).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+EXTRA=${1:-}
+PYTHON=${PYTHON:-python3}
+READY=.venv/.ready${EXTRA:+-$EXTRA}
+
+wanted=$(cat requirements.txt pyproject.toml | cksum)
+if [[ -f $READY && $(cat "$READY") == "$wanted" ]]; then
+    exit 0
+fi
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "error: $PYTHON is older than Python 3.10; set PYTHON=/path/to/python3.10 or newer" >&2
+    exit 2
+fi
+echo "setting up .venv (once; about 6 GB, most of it torch)"
+if [[ ! -x .venv/bin/pip ]]; then
+    "$PYTHON" -m venv .venv || {
+        echo "error: $PYTHON cannot make a virtual environment (Debian: apt install python3-venv)" >&2
+        exit 2
+    }
+fi
+.venv/bin/pip install --quiet --disable-pip-version-check --editable ".${EXTRA:+[$EXTRA]}"
+echo "$wanted" >"$READY"

@@ -1,0 +1,240 @@
+"""The main job in small, with the real launcher: stage 1, a kill, a resume, stage 2, both conversions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tests.distributed import run_ranks
+from tests.tiny import DEEPSPEED, ENCODER, GAN, MODEL, build_model, images_of
+from vqrae_ds import VQRAE
+from vqrae_ds.config import read_run
+from vqrae_ds.conversion.consolidate import consolidate, find_step_folder
+from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
+from vqrae_ds.data.index import find_images, write_shards
+from vqrae_ds.monitor import read_metrics
+
+pytestmark = pytest.mark.slow
+
+STEPS, SAVE_EVERY, KILL_AFTER = 24, 8, 11
+ADAMW = {
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {"warmup_num_steps": 4, "warmup_type": "linear", "cos_min_ratio": 0.1},
+    },
+}
+
+
+class Chain(NamedTuple):
+    """Folders of the finished chain, and its stage 1 run over again without the kill."""
+
+    folder: Path
+    stage1: Path
+    straight: Path
+    stage1_weights: Path
+    stage2: Path
+    inference: Path
+
+
+def command(folder: Path, stage: int, *overrides: str) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    return [
+        *launcher,
+        *("--master_addr", "127.0.0.1", "--master_port", str(port), "--module", "vqrae_ds.train"),
+        *("--config", str(folder / f"stage{stage}.yaml")),
+        *("--deepspeed_config", str(folder / "deepspeed.json")),
+        *overrides,
+    ]
+
+
+def environment() -> dict[str, str]:
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": search, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def train(folder: Path, stage: int, *overrides: str) -> str:
+    done = subprocess.run(
+        command(folder, stage, *overrides),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def train_until_killed(folder: Path, stage: int, run_folder: Path) -> None:
+    """Start the run and kill -9 launcher and ranks together once it has logged step KILL_AFTER."""
+    metrics = run_folder / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(folder, stage),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and f'"step": {KILL_AFTER},' in metrics.read_text()):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "the run never got to the step"
+            time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def write_configs(folder: Path, lpips: Path) -> None:
+    losses = {"perceptual": {"weight": 0.1, "every_steps": 2, "weights": str(lpips)}}
+    gan = {"weight": 0.1, "discriminator_start_step": 3, "start_step": 5, **GAN}
+    base = {
+        "model": {**MODEL, "encoder_config_path": str(folder / "encoder")},
+        "data": {"train": str(folder / "train"), "validation": str(folder / "val"), "num_workers": 1},
+        "checkpoint": {"every_steps": SAVE_EVERY},
+        "monitor": {"log_every_steps": 1, "validate_every_steps": 1000},
+    }
+    stage1 = base | {
+        "stage": 1,
+        "run": {"output_dir": str(folder / "stage1"), "total_steps": STEPS, "calibration_images": 64},
+        "init": {"encoder_weights": str(folder / "encoder")},
+        "losses": losses | {"adversarial": gan},
+    }
+    stage2 = base | {
+        "stage": 2,
+        "run": {"output_dir": str(folder / "stage2"), "total_steps": SAVE_EVERY},
+        "init": {"model": str(folder / "stage1_weights")},
+        "losses": losses,
+    }
+    (folder / "stage1.yaml").write_text(yaml.safe_dump(stage1))
+    (folder / "stage2.yaml").write_text(yaml.safe_dump(stage2))
+    (folder / "deepspeed.json").write_text(json.dumps(DEEPSPEED | ADAMW))
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, lpips_weights) -> Chain:
+    folder = tmp_path_factory.mktemp("chain")
+    encoder = build_model().encoder.model
+    encoder.save_pretrained(folder / "encoder")
+    (folder / "encoder" / "config.json").write_text(json.dumps(ENCODER))
+    for split in ("train", "val"):
+        photographs = find_images(ROOT / "tests/data/photos" / split)
+        write_shards(
+            photographs, folder / split, samples_per_shard=10, root=ROOT / "tests/data/photos"
+        )
+    write_configs(folder, lpips_weights)
+
+    train(folder, 1, f"run.output_dir={folder / 'straight'}")
+    train_until_killed(folder, 1, folder / "stage1")
+    resumed = train(folder, 1)
+    assert f"resumed from {folder / 'stage1' / 'checkpoints' / 'step_00000008'}" in resumed
+    consolidate(find_step_folder(folder / "stage1"), folder / "stage1_weights", to="stage2")
+    train(folder, 2)
+    consolidate(find_step_folder(folder / "stage2"), folder / "inference", to="inference")
+    names = ("stage1", "straight", "stage1_weights", "stage2", "inference")
+    return Chain(folder, *(folder / name for name in names))
+
+
+@pytest.mark.parametrize("engine", ["generator", "discriminator"])
+def test_killed_and_resumed_equals_uninterrupted(chain, engine):
+    ours, theirs = (
+        ZeroCheckpoint(find_step_folder(run) / engine) for run in (chain.stage1, chain.straight)
+    )
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name in theirs.tensors:
+        assert torch.equal(ours.read(name), theirs.read(name)), name
+
+
+def test_metrics_of_the_resumed_run_hold_each_step_once(chain):
+    ours, theirs = (
+        [e for e in read_metrics(run) if "loss/total" in e] for run in (chain.stage1, chain.straight)
+    )
+    assert [e["step"] for e in ours] == list(range(1, STEPS + 1))
+    for mine, other in zip(ours, theirs, strict=True):
+        same = {k for k in other if not k.startswith("perf/") and k[:9] != "codebook/"}
+        assert {k: mine[k] for k in same} == {k: other[k] for k in same}
+
+
+def test_frozen_encoder_is_bytewise_what_it_was(chain):
+    before = load_file(chain.folder / "encoder" / "model.safetensors")
+    after = load_file(chain.stage1_weights / "model.safetensors")
+    for name, value in before.items():
+        assert torch.equal(after[f"encoder.model.{name}"], value), name
+    trained = load_file(chain.inference / "model.safetensors")
+    moved = [n for n, v in before.items() if not torch.equal(trained[f"encoder.model.{n}"], v)]
+    assert moved, "stage 2 trains the encoder"
+
+
+def reconstruct_with_engines(rank: int, chain: Chain) -> None:
+    """A fixed batch through live engines: stage 1's last, stage 2's first, stage 2's last."""
+    from vqrae_ds import checkpoint, engines
+
+    images = images_of(0, 0)
+    for name, stage, resumes in (("end1", 1, True), ("start2", 2, False), ("end2", 2, True)):
+        run = read_run(
+            chain.folder / f"stage{stage}.yaml", chain.folder / "deepspeed.json", world_size=2
+        )
+        generator = engines.build_generator(run, fill=not resumes)
+        if resumes:
+            discriminator = engines.build_discriminator(run)
+            checkpoint.resume(checkpoint.find(run), run, generator, discriminator)
+        generator.eval()
+        with torch.no_grad():
+            reconstruction = generator(images).vqrae.reconstruction
+        if rank == 0:
+            torch.save(reconstruction, chain.folder / f"{name}.pt")
+
+
+def test_live_engines_and_converted_folders_agree(chain):
+    run_ranks(2, reconstruct_with_engines, chain)
+    end1, start2, end2 = (
+        torch.load(chain.folder / f"{name}.pt") for name in ("end1", "start2", "end2")
+    )
+    assert torch.equal(start2, end1), "stage 2 starts where stage 1 ended"
+    assert not torch.equal(end2, end1)
+    images = images_of(0, 0)
+    with torch.no_grad():
+        assert torch.equal(VQRAE.from_pretrained(chain.stage1_weights)(images).reconstruction, end1)
+        model = VQRAE.from_pretrained(chain.inference)
+        assert torch.equal(model(images).reconstruction, end2)
+        assert torch.equal(model.decode_from_indices(model.encode_to_indices(images)), end2)
+
+
+def test_run_folder_explains_itself(chain):
+    for name in ("config.yaml", "deepspeed.json", "environment.json"):
+        assert (chain.stage1 / name).is_file()
+    assert list((chain.stage1 / "tensorboard").iterdir())
+    assert list((chain.stage1 / "samples").glob("step_*.png"))
+    again = read_run(chain.stage1 / "config.yaml", chain.folder / "deepspeed.json", world_size=2)
+    assert again.schedule.total_steps == STEPS
+
+
+def test_another_number_of_ranks_is_refused_before_it_hangs(chain):
+    one_rank = [*command(chain.folder, 1), "deepspeed.train_micro_batch_size_per_gpu=4"]
+    one_rank[one_rank.index("--num_gpus") + 1] = "1"
+    done = subprocess.run(
+        one_rank, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "was written by 2 ranks and this run has 1" in done.stdout + done.stderr

@@ -1,0 +1,39 @@
+"""A finished run in a few numbers, read from its metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from vqrae_ds.monitor import read_metrics
+
+
+class RunSummary(NamedTuple):
+    """A run in figures, and the PSNR in dB of its validation set against each image's mean colour."""
+
+    figures: dict[str, float]
+    baseline_psnr: float
+
+
+def summarize_run(folder: Path) -> RunSummary:
+    """First and last logged reconstruction loss, last validation and codebook usage of a run folder.
+
+    Raises `ValueError` where the run has not got that far.
+    """
+    entries = read_metrics(folder)
+    training = [e for e in entries if "loss/reconstruction" in e]
+    validations = [e for e in entries if "validation/psnr" in e]
+    if not training or not validations or validations[-1]["step"] != training[-1]["step"]:
+        raise ValueError(f"{folder} is not a finished run: its metrics lack the last validation")
+    last, validation = training[-1], validations[-1]
+    figures = {
+        "steps": last["step"],
+        "first_loss": training[0]["loss/reconstruction"],
+        "last_loss": last["loss/reconstruction"],
+        "val_psnr": validation["validation/psnr"],
+        "val_lpips": validation.get("validation/lpips"),
+        "codebook_usage": last["codebook/usage"],
+        "teacher_cosine": validation.get("validation/teacher_cosine"),
+    }
+    known = {name: value for name, value in figures.items() if value is not None}
+    return RunSummary(known, validation["validation/baseline_psnr"])
