@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.zero_files import BUFFERS, FROZEN, TRAINED, Tensors, seal, write_step
 from vqrae_ds.conversion import consolidate as consolidate_module
+from vqrae_ds.conversion import safetensors_stream
 from vqrae_ds.conversion.consolidate import consolidate, find_step_folder, verify
 
 REPOSITORY = Path(__file__).parent.parent
@@ -67,7 +68,17 @@ def test_each_kind_of_tensor_is_stored_as_promised(checkpoint, tmp_path, to, dty
     assert names == {"model.safetensors", "config.json", "conversion.json"}
 
 
-def test_shards_follow_the_hugging_face_layout(checkpoint, tmp_path):
+def test_every_tensor_is_aligned_for_readers_that_map_the_file(checkpoint, tmp_path):
+    consolidate(checkpoint, tmp_path / "out", to="stage2")
+    content = (tmp_path / "out" / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    for name, tensor in expected(None).items():
+        assert (8 + size + header[name]["data_offsets"][0]) % tensor.dtype.itemsize == 0, name
+
+
+def test_shards_follow_the_hugging_face_layout(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_stream, "_CHUNK_ELEMENTS", 4)  # many chunks a tensor
     output = tmp_path / "out"
     consolidate(checkpoint, output, to="inference", max_shard_bytes=100)
     index = json.loads((output / "model.safetensors.index.json").read_text())
@@ -85,6 +96,10 @@ def test_shards_follow_the_hugging_face_layout(checkpoint, tmp_path):
     assert_identical(found, wanted)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in wanted.values())
     verify(checkpoint, output)
+    index["weight_map"]["mean"] = "model-00001-of-00001.safetensors"
+    (output / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="does not say which file holds what"):
+        verify(checkpoint, output)
 
 
 def test_existing_output_and_wrong_requests_are_refused(checkpoint, tmp_path):
@@ -217,7 +232,7 @@ def test_the_command_line(checkpoint, tmp_path):
     assert_identical(load_file(Path(out) / "model.safetensors"), expected(torch.bfloat16))
 
 
-def test_kill_9_leaves_no_output_and_does_not_block_the_next_attempt(tmp_path):
+def test_kill_9_leaves_no_output_and_does_not_block_the_next_attempt(tmp_path, caplog):
     trained = {f"vqrae.layer{i}": torch.randn(50) for i in range(4000)}
     checkpoint = write_step(tmp_path / "step_00001000", trained, {}, {}, world_size=1)
     output = tmp_path / "out"
@@ -235,6 +250,7 @@ def test_kill_9_leaves_no_output_and_does_not_block_the_next_attempt(tmp_path):
     assert len(written) < 2000 and not output.exists(), "it was killed too late to prove anything"
     consolidate(checkpoint, output, to="inference")
     verify(checkpoint, output)
+    assert "left by an interrupted conversion" in caplog.text
 
 
 MEASURE = """

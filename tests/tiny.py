@@ -1,4 +1,4 @@
-"""The smallest whole setting: a model of a few blocks, its configuration files, and random weights."""
+"""The smallest whole setting: a model of a few blocks, its configuration files, its weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DEEPSPEED = {
 
 
 def build_model(seed: int = 0, **options: Any) -> VQRAE:
-    """A model with random weights everywhere, position embeddings and feature statistics included."""
+    """A model with random weights, position embeddings and feature statistics included."""
     torch.manual_seed(seed)
     model = VQRAE(config=ModelConfig(encoder_config=ENCODER, **MODEL), **options)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def make_run(
     world_size: int = 2,
     **sections: dict[str, Any],
 ) -> Run:
-    """A checked run that starts from `save_initial(folder / "initial")`; files are written to `folder`."""
+    """A checked run, its files in `folder`, that starts from `save_initial(folder / "initial")`."""
     (folder / "encoder").mkdir(exist_ok=True)
     (folder / "encoder" / "config.json").write_text(json.dumps(ENCODER))
     config = {

@@ -15,12 +15,17 @@ from vqrae_ds.evaluation.report import image_grid, save_grid
 from vqrae_ds.evaluation.summary import summarize_run
 from vqrae_ds.manifest import write_json_atomically
 
+EXAMPLE = """\
+example:
+  python tools/quickstart_report.py runs/quickstart tests/data/photos/val
+"""
+
 
 def main() -> None:
     """Read the command line and write both files."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example:\n  python tools/quickstart_report.py runs/quickstart tests/data/photos/val",
+        epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="the quickstart's output folder")

@@ -36,7 +36,7 @@ def main() -> None:
         images_hat_B3HW = model.decode_from_indices(indices_Bhw)
     save_grid(image_grid([images_B3HW, images_hat_B3HW], min_side=256), args.out)
     h, w = indices_Bhw.shape[1:]
-    print(f"{args.out}: {len(args.images)} images, each as {h} x {w} codes (original | reconstruction)")
+    print(f"{args.out}: original | reconstruction from {h} x {w} codes an image")
 
 
 if __name__ == "__main__":

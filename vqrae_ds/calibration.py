@@ -20,7 +20,7 @@ SMALLEST_STD = 1e-6  # a channel that never changes carries nothing: it must not
 def calibrate(
     engine: nn.Module, batches: Iterable[Batch], num_images: int, device: torch.device
 ) -> None:
-    """Set `vqrae.standardize` from at least `num_images` images over all ranks; every rank calls it.
+    """Set `vqrae.standardize` from at least `num_images` images; every rank calls it.
 
     Sums are float64: the variance is the small difference of two large numbers.
     """

@@ -67,9 +67,7 @@ def save(run: Run, generator: Any, discriminator: Any, state: TrainState) -> Pat
         versions = {package: version(package) for package in packages}
         manifest.write_manifest(
             folder,
-            manifest.Manifest(
-                state.step, run.config.stage, dist.get_world_size(), versions, files
-            ),
+            manifest.Manifest(state.step, run.config.stage, dist.get_world_size(), versions, files),
         )
         _remove_old(folder.parent, run.config.checkpoint.keep_last)
     dist.barrier()
@@ -87,7 +85,7 @@ def find(run: Run) -> Path | None:
 
 
 def resume(folder: Path, run: Run, generator: Any, discriminator: Any) -> TrainState:
-    """Load everything that `save` wrote. Raises `ValueError` where the checkpoint belongs to another run."""
+    """Load everything that `save` wrote. Raises `ValueError` for another run's checkpoint."""
     world_size = manifest.read_manifest(folder).world_size
     if world_size != dist.get_world_size():
         raise ValueError(
@@ -96,7 +94,9 @@ def resume(folder: Path, run: Run, generator: Any, discriminator: Any) -> TrainS
         )
     saved = json.loads((folder / TRAINER_STATE).read_text())
     if saved.pop("stage") != run.config.stage:
-        raise ValueError(f"{folder} belongs to the other stage: give run.output_dir a folder of its own")
+        raise ValueError(
+            f"{folder} belongs to the other stage: give run.output_dir a folder of its own"
+        )
     _load(generator, folder, GENERATOR)
     if discriminator is not None:
         _load(discriminator, folder, DISCRIMINATOR)
@@ -124,9 +124,13 @@ def _newest_intact(checkpoints: Path) -> Path | None:
 
 
 def _remove_old(checkpoints: Path, keep_last: int) -> None:
-    complete = [f for f in sorted(checkpoints.glob("step_*")) if (f / manifest.MANIFEST_NAME).is_file()]
+    complete = [
+        f for f in sorted(checkpoints.glob("step_*")) if (f / manifest.MANIFEST_NAME).is_file()
+    ]
     for folder in complete[:-keep_last]:
-        (folder / manifest.MANIFEST_NAME).unlink()  # from here on it does not exist, however far the rest gets
+        (
+            folder / manifest.MANIFEST_NAME
+        ).unlink()  # from here on it does not exist, however far the rest gets
         shutil.rmtree(folder)
 
 

@@ -1,8 +1,8 @@
 """The only file of the training path that imports deepspeed: process group, engines, first weights.
 
-The generator engine holds the tokenizer (and the teacher) under the ZeRO stage of the JSON; the discriminator has
-a small engine of its own under ZeRO-1. Weights are filled in before `deepspeed.initialize`, module by module, so
-that no process ever holds the whole model.
+The generator engine holds the tokenizer (and the teacher) under the ZeRO stage of the JSON; the
+discriminator has a small engine of its own under ZeRO-1. Weights are filled in before
+`deepspeed.initialize`, module by module, so that no process ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -53,9 +53,13 @@ class Source(NamedTuple):
 
 
 def start(timeout: timedelta) -> Ranks:
-    """Join the process group (NCCL with GPUs, gloo without); a peer that is gone ends the run after `timeout`."""
+    """Join the process group: NCCL with GPUs, gloo without.
+
+    A peer that is gone ends the run after `timeout`.
+    """
     if not torch.cuda.is_available():
-        # The shared-memory op is compiled at first use, silently, and hangs on a stale lock: plain gloo is as fast.
+        # The shared-memory op is compiled at first use, silently, and hangs on the lock of a
+        # killed build. Plain gloo is as fast.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
@@ -81,25 +85,31 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     config = run.config
     torch.manual_seed(config.run.seed)
     with _partitioned(run.deepspeed):
-        vqrae = VQRAE(config=config.model, freeze_encoder=config.stage == 1, attention=_attention(run))
+        vqrae = VQRAE(
+            config=config.model, freeze_encoder=config.stage == 1, attention=_attention(run)
+        )
         teacher = None
         if config.losses.distillation is not None and config.losses.distillation.teacher.weight > 0:
-            teacher = ENCODERS[config.model.encoder_cls](config.model.encoder_config, _attention(run))
+            teacher = ENCODERS[config.model.encoder_cls](
+                config.model.encoder_config, _attention(run)
+            )
         model = TrainingModel(vqrae, teacher)
-    for buffer in model.buffers():
-        if buffer.is_floating_point():  # zero.Init builds them in the parameters' dtype
-            buffer.data = buffer.data.float()
+    for buffer in floating_buffers(model):  # zero.Init built them in the parameters' dtype
+        buffer.data = buffer.data.float()
     if fill:
         fill_weights(model, _sources(model, config))
     groups = _parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
+    fp32 = [buffer.clone() for buffer in floating_buffers(model)]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
+    for buffer, exact in zip(floating_buffers(model), fp32, strict=True):  # cast below ZeRO-3
+        buffer.data = exact.to(buffer.device)
     return engine
 
 
 def build_discriminator(run: Run) -> DeepSpeedEngine | None:
     """The discriminator's engine, or None where the recipe has no GAN.
 
-    It shares the batch, optimizer, clipping and precision of the JSON; its schedule starts when it does.
+    It shares batch, optimizer, clipping and precision of the JSON; its schedule starts with it.
     """
     gan = run.config.losses.adversarial
     if gan is None or gan.weight == 0:
@@ -151,6 +161,11 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def floating_buffers(module: nn.Module) -> list[Tensor]:
+    """Feature statistics and image means: they stay fp32 whatever the parameters are."""
+    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+
+
 def _partitioned(deepspeed_config: dict[str, Any]) -> contextlib.AbstractContextManager:
     if deepspeed_config["zero_optimization"]["stage"] != 3:
         return contextlib.nullcontext()
@@ -161,7 +176,11 @@ def _attention(run: Run) -> str:
     bf16 = run.deepspeed.get("bf16", {}).get("enabled", False)
     if torch.cuda.is_available() and bf16 and importlib.util.find_spec("flash_attn") is not None:
         return "flash_attention_2"
-    reason = "flash-attn is not installed" if torch.cuda.is_available() and bf16 else "needs CUDA and bf16"
+    reason = (
+        "flash-attn is not installed"
+        if torch.cuda.is_available() and bf16
+        else "needs CUDA and bf16"
+    )
     logger.info("attention of the encoder: sdpa (flash attention: %s)", reason)
     return "sdpa"
 
@@ -180,7 +199,7 @@ def _sources(model: TrainingModel, config: TrainConfig) -> dict[str, Source]:
         sources = {f"vqrae.encoder.model.{name}": Source(folder, name) for name in folder.names()}
         expected = {name for name in expected if name.startswith("vqrae.encoder.model.")}
     else:
-        logger.warning("init.encoder_weights is not set: the encoder is UNTRAINED, its features mean nothing")
+        logger.warning("no encoder weights: the encoder is UNTRAINED, its features mean nothing")
         return {}
     check_names(expected, set(sources), folder.folder)
     _check_shapes(model, sources)
@@ -193,9 +212,8 @@ def _check_shapes(model: nn.Module, sources: dict[str, Source]) -> None:
             shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
             found = sources[name].folder.shape(sources[name].name)
             if found != shape:
-                raise ValueError(
-                    f"{sources[name].name} in {sources[name].folder.folder} has shape {found}, the model {shape}"
-                )
+                where = f"{sources[name].name} in {sources[name].folder.folder}"
+                raise ValueError(f"{where} has shape {found}, the model {shape}")
 
 
 def _copy(targets: dict[str, Tensor], prefix: str, sources: dict[str, Source]) -> None:
@@ -222,7 +240,7 @@ def _load_discriminator(discriminator: nn.Module, folder: str) -> None:
 def _parameter_groups(
     model: TrainingModel, optimizer_params: dict[str, Any], multiplier: LearningRateMultiplierConfig
 ) -> list[dict[str, Any]]:
-    """One group a part and kind: no weight decay on norms, biases, scales and position embeddings."""
+    """One group a part and kind: no decay on norms, biases, scales and position embeddings."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint folder: which files belong to it, how long they are, what they hash to.
+"""The manifest of a checkpoint folder: its files, how long they are, what they hash to.
 
-`manifest.json` is written last, under a temporary name and renamed, so a folder that has one is complete.
-DeepSpeed writes no checksum of its own, and loads a file with a flipped byte without a word.
+`manifest.json` is written last, under a temporary name and renamed, so a folder that has one is
+complete. DeepSpeed writes no checksum, and loads a file with a flipped byte without a word.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FileRecord(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint folder contains; `files` maps a path relative to the folder to its record."""
+    """What a folder contains; `files` maps a path relative to the folder to its record."""
 
     step: int
     stage: int
@@ -79,21 +79,23 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def find_damage(folder: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:
-    """Compare `folder` with its manifest; one line per missing, resized or altered file, empty if intact."""
+    """One line per missing, resized or altered file of `folder`; empty if it is intact."""
     damage = []
     for name, record in manifest.files.items():
         path = Path(folder) / name
         if not path.is_file():
             damage.append(f"{name} is missing")
         elif path.stat().st_size != record.size:
-            damage.append(f"{name} has {path.stat().st_size} bytes, the manifest says {record.size}")
+            damage.append(
+                f"{name} has {path.stat().st_size} bytes, the manifest says {record.size}"
+            )
         elif checksums and hash_file(path) != record:
             damage.append(f"{name} does not match its checksum")
     return damage
 
 
 def write_json_atomically(path: Path, payload: Any) -> None:
-    """Write JSON so that `path` holds either its old content or the whole new one, after a crash too."""
+    """Write JSON so that `path` holds its old content or the whole new one, after a crash too."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
         json.dump(payload, file, indent=2, sort_keys=True)

@@ -63,7 +63,10 @@ class _Progress(NamedTuple):
 
 
 class Monitor:
-    """Collects terms on every rank, writes on rank 0. Entries after `step` of an earlier start are dropped."""
+    """Collects terms on every rank, writes on rank 0.
+
+    What an earlier start logged after `step` is dropped: those steps come again.
+    """
 
     def __init__(self, run: Run, step: int) -> None:
         config = run.config
@@ -91,7 +94,9 @@ class Monitor:
         dist.all_reduce(fused)
         fused = fused.cpu()
         self.window.add(fused[len(names) :])
-        entry = dict(zip(names, (fused[: len(names)] / dist.get_world_size()).tolist(), strict=True))
+        entry = dict(
+            zip(names, (fused[: len(names)] / dist.get_world_size()).tolist(), strict=True)
+        )
         entry |= {
             "codebook/usage": self.window.usage(),
             "codebook/perplexity": self.window.perplexity(),
@@ -156,7 +161,6 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def _drop_entries_after(path: Path, step: int) -> None:
-    """A run that was killed may have logged steps that the checkpoint does not hold: they come again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         kept = []

@@ -145,7 +145,7 @@ def write_checkpoints(rank: int, folder: Path) -> None:
         save(make_engine(Discriminator(), rank, config), rank, folder / "engines", case)
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+@pytest.fixture(scope="module", params=[2, 3], ids=["2_ranks", "3_ranks"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     run_ranks(request.param, write_checkpoints, folder)

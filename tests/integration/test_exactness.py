@@ -21,7 +21,7 @@ from vqrae_ds.losses.perceptual import PerceptualLoss
 from vqrae_ds.models.decoder import unpatchify
 from vqrae_ds.models.discriminator import PatchDiscriminator
 
-WORLD_SIZE, STEPS, CLIP = 2, 3, 1.0
+WORLD_SIZE, MICRO_BATCH, STEPS, CLIP = 2, 2, 3, 1.0
 WEIGHTS = {"reconstruction": 1.0, "perceptual": 0.7, "adversarial": 0.3, "quantizer": 0.9}
 DISTILLATION = {"quantized": 0.8, "teacher": 0.6}
 OPTIMIZERS = {
@@ -36,26 +36,29 @@ class Setting(NamedTuple):
     stage: int
     gan: bool
     optimizer: str
+    accumulation: int = 1
 
     @property
     def name(self) -> str:
-        return f"stage{self.stage}-{'gan-' if self.gan else ''}{self.optimizer}"
+        accumulated = f"-x{self.accumulation}" if self.accumulation > 1 else ""
+        return f"stage{self.stage}-{'gan-' if self.gan else ''}{self.optimizer}{accumulated}"
 
 
-# AdamW divides rounding noise by itself where a gradient is about zero, so its losses are compared and not its
-# weights; and without a GAN: while all logits lie within the hinge's margin the discriminator's last bias has
-# a gradient of zero, and AdamW makes a full step out of its rounding noise.
+# AdamW divides rounding noise by itself where a gradient is about zero, so its losses are compared
+# and not its weights; and without a GAN: while all logits lie within the hinge's margin, the
+# discriminator's last bias has a gradient of zero, and AdamW makes a full step out of the noise.
 SETTINGS = [
     Setting(1, True, "SGD"),
     Setting(1, False, "AdamW"),
     Setting(2, False, "SGD"),
     Setting(2, True, "SGD"),
     Setting(2, False, "AdamW"),
+    Setting(1, True, "SGD", accumulation=2),
 ]
 
 
 def make_setting(folder: Path, setting: Setting, lpips: Path) -> Run:
-    stage, gan, optimizer = setting
+    stage, gan, optimizer, accumulation = setting
     losses = {
         "reconstruction": {"weight": WEIGHTS["reconstruction"]},
         "perceptual": {"weight": WEIGHTS["perceptual"], "weights": str(lpips)},
@@ -64,7 +67,11 @@ def make_setting(folder: Path, setting: Setting, lpips: Path) -> Run:
     }
     if stage == 2:
         losses["distillation"] = {name: {"weight": w} for name, w in DISTILLATION.items()}
-    deepspeed = {"optimizer": {"type": optimizer, "params": OPTIMIZERS[optimizer]}}
+    deepspeed = {
+        "train_batch_size": WORLD_SIZE * MICRO_BATCH * accumulation,
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "optimizer": {"type": optimizer, "params": OPTIMIZERS[optimizer]},
+    }
     return make_run(folder, stage, losses=losses, deepspeed=deepspeed)
 
 
@@ -98,18 +105,20 @@ def train_with_engines(rank: int, run: Run, lpips: Path, result: Path) -> None:
     trainable = {n: p for n, p in generator.module.named_parameters() if p.requires_grad}
     losses, gradients = [], []
     for step in range(STEPS):
-        images = images_of(step, rank)
-        loss = objective.generator(generator(images), images, step)
-        generator.backward(loss.surrogate)
-        gradients.append({n: safe_get_full_grad(p).clone() for n, p in trainable.items()})
-        generator.step()
-        terms = dict(loss.terms)
-        if objective.trains_discriminator(step):
-            verdict = discriminator_loss(discriminator, images, loss.images_hat_B3HW)
-            discriminator.backward(verdict.total)
-            discriminator.step()
-            terms["loss/discriminator"] = verdict.total.detach()
-        losses.append({name: value.item() for name, value in terms.items()})
+        for micro in range(run.schedule.batch.accumulation):
+            images = images_of(10 * step + micro, rank, MICRO_BATCH)
+            loss = objective.generator(generator(images), images, step)
+            generator.backward(loss.surrogate)
+            if generator.is_gradient_accumulation_boundary():
+                gradients.append({n: safe_get_full_grad(p).clone() for n, p in trainable.items()})
+            generator.step()
+            terms = dict(loss.terms)
+            if objective.trains_discriminator(step):
+                verdict = discriminator_loss(discriminator, images, loss.images_hat_B3HW)
+                discriminator.backward(verdict.total)
+                discriminator.step()
+                terms["loss/discriminator"] = verdict.total.detach()
+            losses.append({name: value.item() for name, value in terms.items()})
     weights = {n: safe_get_full_fp32_param(p).clone() for n, p in trainable.items()}
     with engines.gathered(generator.module):
         frozen = {
@@ -130,8 +139,8 @@ def optimizer_of(name: str, parameters) -> torch.optim.Optimizer:
 
 
 def reference(folder: Path, setting: Setting, lpips: Path):
-    """Plain PyTorch over all ranks' batches; the loss of every rank and step, gradients, weights."""
-    stage, gan, optimizer = setting
+    """Plain PyTorch over all ranks' batches: losses of every rank, gradients, weights."""
+    stage, gan, optimizer, accumulation = setting
     model = build_model(freeze_encoder=stage == 1)
     teacher = build_model().encoder.requires_grad_(False)
     discriminator = PatchDiscriminator(**GAN)
@@ -142,44 +151,65 @@ def reference(folder: Path, setting: Setting, lpips: Path):
     d_optimizer = optimizer_of(optimizer, discriminator.parameters())
     losses, gradients = [[] for _ in range(WORLD_SIZE)], []
     for step in range(STEPS):
-        batches = [images_of(step, rank) for rank in range(WORLD_SIZE)]
-        outputs = [model(x) for x in batches]
-        fakes = [unpatchify(o.patches_BhwP) for o in outputs]
-        image_losses = [
-            WEIGHTS["reconstruction"] * F.mse_loss(fake, x)
-            + WEIGHTS["perceptual"] * perceptual(fake, x).mean()
-            for fake, x in zip(fakes, batches, strict=True)
-        ]
-        adversarial = [-discriminator(fake).mean() for fake in fakes]
-        adaptive = textbook_adaptive_weight(image_losses, adversarial, model.decoder.head.weight)
-        for rank, output in enumerate(outputs):
-            total = image_losses[rank] + WEIGHTS["quantizer"] * output.vq_loss
-            if gan:
-                total = total + WEIGHTS["adversarial"] * adaptive * adversarial[rank]
-            if stage == 2:
-                quantized = F.mse_loss(output.code_BNE, output.z_BNE.detach())
-                kept = F.mse_loss(output.features_BND, teacher(batches[rank]))
-                total = total + DISTILLATION["quantized"] * quantized
-                total = total + DISTILLATION["teacher"] * kept
-            (total / WORLD_SIZE).backward()
-            losses[rank].append({"loss/total": total.item()})
-            if gan:
-                losses[rank][-1]["gan/adaptive_weight"] = adaptive.item()
-        gradients.append({f"vqrae.{n}": p.grad.clone() for n, p in trainable.items()})
-        torch.nn.utils.clip_grad_norm_(trainable.values(), CLIP)
-        g_optimizer.step()
-        g_optimizer.zero_grad()
+        g_gradients = {n: torch.zeros_like(p) for n, p in trainable.items()}
+        d_gradients = [torch.zeros_like(p) for p in discriminator.parameters()]
+        share = 1 / (WORLD_SIZE * accumulation)
+        for micro in range(accumulation):
+            batches = [images_of(10 * step + micro, r, MICRO_BATCH) for r in range(WORLD_SIZE)]
+            outputs = [model(x) for x in batches]
+            fakes = [unpatchify(o.patches_BhwP) for o in outputs]
+            image_losses = [
+                WEIGHTS["reconstruction"] * F.mse_loss(fake, x)
+                + WEIGHTS["perceptual"] * perceptual(fake, x).mean()
+                for fake, x in zip(fakes, batches, strict=True)
+            ]
+            adversarial = [-discriminator(fake).mean() for fake in fakes]
+            adaptive = textbook_adaptive_weight(
+                image_losses, adversarial, model.decoder.head.weight
+            )
+            for rank, (x, fake, output) in enumerate(zip(batches, fakes, outputs, strict=True)):
+                total = image_losses[rank] + WEIGHTS["quantizer"] * output.vq_loss
+                terms = {}
+                if gan:
+                    total = total + WEIGHTS["adversarial"] * adaptive * adversarial[rank]
+                    real_logits, fake_logits = discriminator(x), discriminator(fake.detach())
+                    hinge = (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
+                    add(
+                        d_gradients,
+                        torch.autograd.grad(hinge, list(discriminator.parameters())),
+                        share,
+                    )
+                    terms["gan/adaptive_weight"] = adaptive.item()
+                    terms["loss/discriminator"] = hinge.item()
+                if stage == 2:
+                    quantized = F.mse_loss(output.code_BNE, output.z_BNE.detach())
+                    kept = F.mse_loss(output.features_BND, teacher(x))
+                    total = total + DISTILLATION["quantized"] * quantized
+                    total = total + DISTILLATION["teacher"] * kept
+                whole = torch.autograd.grad(
+                    total, list(trainable.values()), allow_unused=True, materialize_grads=True
+                )
+                add(list(g_gradients.values()), whole, share)
+                losses[rank].append({"loss/total": total.item(), **terms})
+        gradients.append({f"vqrae.{n}": g for n, g in g_gradients.items()})
+        take_step(g_optimizer, trainable.values(), g_gradients.values())
         if gan:
-            discriminator.zero_grad()
-            for rank, (x, fake) in enumerate(zip(batches, fakes, strict=True)):
-                real_logits, fake_logits = discriminator(x), discriminator(fake.detach())
-                hinge = (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
-                (hinge / WORLD_SIZE).backward()
-                losses[rank][-1]["loss/discriminator"] = hinge.item()
-            torch.nn.utils.clip_grad_norm_(discriminator.parameters(), CLIP)
-            d_optimizer.step()
+            take_step(d_optimizer, discriminator.parameters(), d_gradients)
     weights = {f"vqrae.{n}": p.detach() for n, p in trainable.items()}
     return losses, gradients, weights, discriminator.state_dict()
+
+
+def add(sums, gradients, share: float) -> None:
+    for total, gradient in zip(sums, gradients, strict=True):
+        total += share * gradient
+
+
+def take_step(optimizer, parameters, gradients) -> None:
+    parameters = list(parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+    optimizer.step()
 
 
 def textbook_adaptive_weight(image_losses, adversarial, head_weight) -> torch.Tensor:
@@ -214,10 +244,10 @@ def test_steps_equal_single_process(trained, lpips_weights, setting):
     initial = load_file(trained / "initial" / "model.safetensors")
     for rank in range(WORLD_SIZE):
         ours = torch.load(trained / setting.name / f"rank{rank}.pt", weights_only=True)
+        for mine, theirs in zip(ours["losses"], losses[rank], strict=True):
+            for name, expected in theirs.items():
+                assert mine[name] == pytest.approx(expected, rel=1e-6), name
         for step in range(STEPS):
-            for name, expected in losses[rank][step].items():
-                found = ours["losses"][step][name]
-                assert found == pytest.approx(expected, rel=1e-6), (step, name)
             if setting.optimizer == "SGD" or step == 0:
                 assert relative_difference(ours["gradients"][step], gradients[step]) < 1e-5
         if setting.optimizer == "SGD":

@@ -1,4 +1,4 @@
-"""The main job in small, with the real launcher: stage 1, a kill, a resume, stage 2, both conversions."""
+"""The main job in small: stage 1, a kill, a resume, stage 2, both conversions; real launcher."""
 
 from __future__ import annotations
 
@@ -111,13 +111,21 @@ def write_configs(folder: Path, lpips: Path) -> None:
     gan = {"weight": 0.1, "discriminator_start_step": 3, "start_step": 5, **GAN}
     base = {
         "model": {**MODEL, "encoder_config_path": str(folder / "encoder")},
-        "data": {"train": str(folder / "train"), "validation": str(folder / "val"), "num_workers": 1},
+        "data": {
+            "train": str(folder / "train"),
+            "validation": str(folder / "val"),
+            "num_workers": 1,
+        },
         "checkpoint": {"every_steps": SAVE_EVERY},
         "monitor": {"log_every_steps": 1, "validate_every_steps": 1000},
     }
     stage1 = base | {
         "stage": 1,
-        "run": {"output_dir": str(folder / "stage1"), "total_steps": STEPS, "calibration_images": 64},
+        "run": {
+            "output_dir": str(folder / "stage1"),
+            "total_steps": STEPS,
+            "calibration_images": 64,
+        },
         "init": {"encoder_weights": str(folder / "encoder")},
         "losses": losses | {"adversarial": gan},
     }
@@ -168,7 +176,8 @@ def test_killed_and_resumed_equals_uninterrupted(chain, engine):
 
 def test_metrics_of_the_resumed_run_hold_each_step_once(chain):
     ours, theirs = (
-        [e for e in read_metrics(run) if "loss/total" in e] for run in (chain.stage1, chain.straight)
+        [e for e in read_metrics(run) if "loss/total" in e]
+        for run in (chain.stage1, chain.straight)
     )
     assert [e["step"] for e in ours] == list(range(1, STEPS + 1))
     for mine, other in zip(ours, theirs, strict=True):

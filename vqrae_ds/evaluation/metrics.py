@@ -14,7 +14,7 @@ from vqrae_ds.losses.distillation import feature_cosine
 
 
 class Validation(NamedTuple):
-    """Means over the set by name, and the first images with their reconstructions, (B, 3, H, W) in [0, 1]."""
+    """Means over the set by name; the first images and their reconstructions, in [0, 1]."""
 
     figures: dict[str, float]
     images_B3HW: Tensor
@@ -22,7 +22,7 @@ class Validation(NamedTuple):
 
 
 def psnr(images_hat_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, (B,), for images in [0, 1]; infinite where equal."""
+    """Peak signal-to-noise ratio in dB of each image, (B,); images in [0, 1], infinite if equal."""
     error_B = (images_hat_B3HW.double() - images_B3HW.double()).square().mean((1, 2, 3))
     return -10 * error_B.log10()
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 
-
 def image_grid(columns: Sequence[Tensor], *, min_side: int = 0) -> Tensor:
     """One row an image, one column a version of it: (3, H, W) in [0, 1].
 

@@ -9,14 +9,14 @@ from vqrae_ds.monitor import read_metrics
 
 
 class RunSummary(NamedTuple):
-    """A run in figures, and the PSNR in dB of its validation set against each image's mean colour."""
+    """A run in figures, and the PSNR in dB of each validation image's mean colour."""
 
     figures: dict[str, float]
     baseline_psnr: float
 
 
 def summarize_run(folder: Path) -> RunSummary:
-    """First and last logged reconstruction loss, last validation and codebook usage of a run folder.
+    """First and last logged reconstruction loss, last validation and codebook usage of a run.
 
     Raises `ValueError` where the run has not got that far.
     """

@@ -1,4 +1,7 @@
-"""Hinge losses of the patch GAN, and the adaptive weight of its generator term (VQGAN, arXiv:2012.09841, eq. 7).
+"""Hinge losses of the patch GAN, and the adaptive weight of the generator's.
+
+The weight is that of VQGAN (arXiv:2012.09841, eq. 7), with epsilon and limit as in its code
+(github.com/CompVis/taming-transformers, taming/modules/losses/vqperceptual.py).
 
 Shapes: B batch, N tokens, P values a patch, D width of the decoder.
 """
@@ -21,7 +24,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss, mean of the real and the fake side."""
+    """Hinge loss, mean of the real and the fake side: 0 once all logits are beyond +1 and -1."""
     return (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
 
 
@@ -34,9 +37,10 @@ def adaptive_weight(
 ) -> Tensor:
     """|reconstruction gradient| / |adversarial gradient| at the weight of the decoder's head.
 
-    The gradients given are those at the head's output; with its input they are the weight's gradient,
-    which ZeRO-3 keeps nowhere. The norms are root mean squares over the ranks: every rank uses the
-    same weight, and the reduction is two numbers.
+    The gradients given are those at the head's output, `hidden_BND` is its input: together they
+    make the gradient of the weight, which ZeRO-3 keeps nowhere. The norms are root mean squares over
+    the ranks: every rank uses the same scalar, of at most `MAX_ADAPTIVE_WEIGHT`, and the reduction
+    is two numbers.
     """
     squares = torch.stack(
         [

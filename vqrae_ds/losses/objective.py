@@ -1,8 +1,12 @@
 """The objective of both stages: the only place where loss weights and start steps are applied.
 
-The image losses are differentiated down to the output of the decoder's head and no further; the engine then
-runs one backward of a surrogate with the same gradient. So no loss reaches through an engine's output, each
-image loss is differentiated once, and the adaptive weight comes from gradients that are there anyway.
+The image losses are differentiated down to the output of the decoder's head and no further; the
+engine then runs one backward of a surrogate with the same gradient. So no loss reaches through an
+engine's output, each image loss is differentiated once, and the adaptive weight comes from gradients
+that are there anyway.
+
+Shapes: B batch, H x W pixels, h x w grid of patches, P values a patch, N = h*w tokens, D width of
+the decoder.
 """
 
 from __future__ import annotations
@@ -21,7 +25,11 @@ from vqrae_ds.models.training_model import TrainingOutput
 
 
 class GeneratorLoss(NamedTuple):
-    """`surrogate` has the gradient of `total`; `terms` are detached, unweighted, by their stable names."""
+    """`surrogate` has the gradient of `total`, and another value.
+
+    `terms` holds detached scalars by their stable names: `loss/total`, each term that took part
+    without its weight, and the adaptive weight.
+    """
 
     surrogate: Tensor
     total: Tensor
@@ -30,15 +38,17 @@ class GeneratorLoss(NamedTuple):
 
 
 class DiscriminatorLoss(NamedTuple):
-    """The hinge loss and what to watch: mean logits, and the share of images judged right."""
+    """The hinge loss and what to watch: mean logits, and the share of patches judged right."""
 
     total: Tensor
     terms: dict[str, Tensor]
 
 
 class Objective:
-    """Composes the losses. `perceptual(images_hat, images)` gives distances (B,); `discriminator` is the
-    plain module, never its engine; `mean_over_ranks` reduces a small tensor over the data-parallel ranks.
+    """Composes the losses.
+
+    `perceptual(images_hat, images)` gives distances (B,). `discriminator` is the plain module, never
+    its engine. `mean_over_ranks` reduces a small tensor over the data-parallel ranks.
     """
 
     def __init__(
@@ -52,17 +62,17 @@ class Objective:
         self.mean_over_ranks = mean_over_ranks
 
     def generator(self, output: TrainingOutput, images_B3HW: Tensor, step: int) -> GeneratorLoss:
-        """The generator's loss at `step`, counted from 0."""
+        """The generator's loss at `step`, counted from 0, on images in [0, 1]."""
         config, vqrae, terms = self.config, output.vqrae, {}
         patches_BhwP = vqrae.patches_BhwP.detach().float().requires_grad_()
         images_hat_B3HW = unpatchify(patches_BhwP)
 
         image_loss = self._image_loss(images_hat_B3HW, images_B3HW, step, terms)
-        (grad_BhwP,) = torch.autograd.grad(image_loss, patches_BhwP, retain_graph=True)
+        (grad_BhwP,) = torch.autograd.grad(image_loss, patches_BhwP)
         total = image_loss.detach()
         if is_on(config.adversarial, step):
             loss, adversarial_grad_BhwP = self._adversarial(
-                images_hat_B3HW, patches_BhwP, grad_BhwP, vqrae.hidden_BND.detach(), terms
+                patches_BhwP, grad_BhwP, vqrae.hidden_BND.detach(), terms
             )
             grad_BhwP, total = grad_BhwP + adversarial_grad_BhwP, total + loss
 
@@ -94,7 +104,6 @@ class Objective:
 
     def _adversarial(
         self,
-        images_hat_B3HW: Tensor,
         patches_BhwP: Tensor,
         image_grad_BhwP: Tensor,
         hidden_BND: Tensor,
@@ -102,10 +111,12 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """The weighted term (detached) and its weighted gradient at the patches."""
         self.discriminator.requires_grad_(False)  # its gradients belong to its own step
-        loss = adversarial.generator_loss(self.discriminator(images_hat_B3HW))
+        # A second unpatchify keeps this graph apart from that of the image losses, which is freed.
+        loss = adversarial.generator_loss(self.discriminator(unpatchify(patches_BhwP)))
         (grad_BhwP,) = torch.autograd.grad(loss, patches_BhwP)
         self.discriminator.requires_grad_(True)
-        weight = torch.tensor(self.config.adversarial.weight, device=loss.device)
+        terms["loss/adversarial"] = loss.detach()
+        weight = self.config.adversarial.weight
         if self.config.adversarial.adaptive:
             adaptive = adversarial.adaptive_weight(
                 image_grad_BhwP.flatten(1, 2),
@@ -115,12 +126,11 @@ class Objective:
             )
             terms["gan/adaptive_weight"] = adaptive
             weight = weight * adaptive
-        terms["loss/adversarial"] = loss.detach()
         return weight * loss.detach(), weight * grad_BhwP
 
     def _feature_loss(self, output: TrainingOutput, step: int, terms: dict[str, Tensor]) -> Tensor:
         config, vqrae = self.config, output.vqrae
-        loss = vqrae.vq_loss * 0
+        loss = vqrae.vq_loss * 0  # as above
         if is_on(config.quantizer, step):
             terms["loss/quantizer"] = vqrae.vq_loss.detach()
             loss = loss + config.quantizer.weight * vqrae.vq_loss
@@ -140,7 +150,7 @@ class Objective:
 def discriminator_loss(
     discriminate: Callable[[Tensor], Tensor], images_B3HW: Tensor, images_hat_B3HW: Tensor
 ) -> DiscriminatorLoss:
-    """The discriminator's loss; `discriminate` is its engine. One forward of real and fake together."""
+    """The discriminator's loss; `discriminate` is its engine, which sees real and fake in one go."""
     real, fake = discriminate(torch.cat([images_B3HW, images_hat_B3HW])).chunk(2)
     total = adversarial.discriminator_loss(real, fake)
     right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2

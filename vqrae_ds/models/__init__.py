@@ -1,1 +1,1 @@
-"""Single-process PyTorch that reads like the paper: no rank, no deepspeed, no file formats of a run."""
+"""Single-process PyTorch that reads like the paper: no rank, no deepspeed, no files of a run."""

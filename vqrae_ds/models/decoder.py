@@ -1,9 +1,12 @@
-"""The symmetric ViT decoder: code features -> patches of pixels (VQRAE, section 3.2: patch size 1, linear head).
+"""The symmetric ViT decoder: code features -> patches of pixels.
 
-Pre-norm blocks with LayerScale, as deep and wide as the encoder. The norm of queries and keys is per head:
-over the full width it would need a collective under tensor parallelism.
+VQRAE (arXiv:2511.23386), section 3.2: patch size 1, that is a token a patch, and a linear head. The
+blocks are pre-norm with LayerScale, by default as many and as wide as the encoder's. The norm of
+queries and keys is per head: over the full width it would need a collective under tensor
+parallelism.
 
-Shapes: B batch, N = h*w tokens, D width, P = 3 * patch_size^2 values a patch.
+Shapes: B batch, N = h*w tokens, D width, H heads, d = D / H, P = 3 * q^2 values of a patch of
+q x q pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ NORM_EPS = 1e-6
 
 
 class DecoderOutput(NamedTuple):
-    """`patches_BhwP` become an image by `unpatchify`; `hidden_BND` is the input of the head that made them."""
+    """`patches_BhwP` become images by `unpatchify`; `hidden_BND` is what the head made them of."""
 
     patches_BhwP: Tensor
     hidden_BND: Tensor
@@ -63,7 +66,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnable factor a channel, small at the start so that a deep stack begins near the identity."""
+    """A learnable factor a channel, small at first: a deep stack begins near the identity."""
 
     def __init__(self, width: int, initial: float) -> None:
         super().__init__()
@@ -83,12 +86,13 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        norm = NORMS[config.norm_type]
-        self.norm1, self.norm2 = (norm(config.hidden_size, NORM_EPS) for _ in range(2))
-        self.attention, self.mlp = Attention(config), Mlp(config)
-        self.scale1, self.scale2 = (
-            LayerScale(config.hidden_size, config.layer_scale_init_value) for _ in range(2)
-        )
+        width, norm = config.hidden_size, NORMS[config.norm_type]
+        self.norm1 = norm(width, NORM_EPS)
+        self.attention = Attention(config)
+        self.scale1 = LayerScale(width, config.layer_scale_init_value)
+        self.norm2 = norm(width, NORM_EPS)
+        self.mlp = Mlp(config)
+        self.scale2 = LayerScale(width, config.layer_scale_init_value)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         x_BND = x_BND + self.scale1(self.attention(self.norm1(x_BND)))
@@ -104,7 +108,7 @@ class PixelHead(nn.Linear):
 
 
 class PositionEmbedding(nn.Module):
-    """A learned vector a position of a square grid, interpolated bicubically in fp32 for other grids."""
+    """A learned vector a position of a `side` x `side` grid; bicubic in fp32 for other grids."""
 
     def __init__(self, side: int, width: int) -> None:
         super().__init__()
@@ -124,7 +128,11 @@ class PositionEmbedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Blocks and head. `side` is the grid that the position embedding is learned on."""
+    """Position embedding, blocks, norm and head.
+
+    `config` has every field set (`resolve_model`), `side` is the side of the grid that the position
+    embedding is learned on, and `patch_size` that of a patch in pixels.
+    """
 
     def __init__(self, config: DecoderConfig, side: int, patch_size: int) -> None:
         super().__init__()
@@ -134,7 +142,7 @@ class Decoder(nn.Module):
         self.head = PixelHead(config.hidden_size, 3 * patch_size**2)
 
     def forward(self, x_BND: Tensor, h: int, w: int) -> DecoderOutput:
-        """Decode features of a grid of `h` x `w` tokens, N = h*w in row-major order."""
+        """Decode the features of a grid of `h` x `w` tokens, in row-major order."""
         x_BND = self.position(x_BND, h, w)
         for block in self.blocks:
             x_BND = block(x_BND)
@@ -144,6 +152,6 @@ class Decoder(nn.Module):
 
 
 def unpatchify(patches_BhwP: Tensor) -> Tensor:
-    """Patches (B, h, w, 3 * q * q) -> images (B, 3, h*q, w*q)."""
+    """Patches (B, h, w, 3 * q * q), each a flattened (3, q, q), -> images (B, 3, h*q, w*q)."""
     q = round((patches_BhwP.shape[-1] / 3) ** 0.5)
     return rearrange(patches_BhwP, "b h w (c p q) -> b c (h p) (w q)", c=3, p=q)

@@ -1,7 +1,7 @@
 """SimVQ: a frozen random codebook seen through one learnable linear layer (arXiv:2411.02038).
 
-Names and losses follow github.com/youngsheen/SimVQ, taming/modules/vqvae/quantize.py, with one correction:
-`get_codebook_entry` returns the projected code, the one that `forward` uses.
+Names and losses follow github.com/youngsheen/SimVQ, taming/modules/vqvae/quantize.py, with one
+correction: `get_codebook_entry` returns the projected code, the one that `forward` uses.
 
 Shapes: B batch, N tokens, D embedding dimension, K codes.
 """
@@ -29,7 +29,7 @@ class SimVQOutput(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """The quantiser seen from the training: `code_BND` is the projected code before the straight-through step."""
+    """What training needs: `code_BND` is the projected code before the straight-through step."""
 
     code_BND: Tensor
     z_q_BND: Tensor
@@ -38,21 +38,28 @@ class Quantized(NamedTuple):
 
 
 class FrozenCodebook(nn.Embedding):
-    """K random vectors, N(0, 1 / D), never trained."""
+    """K random vectors with components from N(0, 1 / D), never trained."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.weight.requires_grad_(False)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
-        self.weight.requires_grad_(False)
 
 
 class SimVQ(nn.Module):
-    """Vector quantiser with codes `embedding_proj(embedding)`.
+    """Vector quantiser with K codes `embedding_proj(embedding)`, the nearest by L2 distance.
 
-    `legacy=True` is the reference's default loss, mse(sg(q), z) + commitment_cost * mse(q, sg(z));
-    `legacy=False` puts the commitment cost on the first term instead. `search` finds the nearest codes.
+    The loss, a mean over elements in fp32, with sg = stop-gradient and q the code of z:
+
+        legacy=True   mse(z, sg(q)) + commitment_cost * mse(q, sg(z)), the reference's default
+        legacy=False  commitment_cost * mse(z, sg(q)) + mse(q, sg(z))
+
+    `search` finds the nearest codes.
     """
 
-    code_counts: Tensor
+    code_counts: Tensor  # (K,) int64: how often each code was found since the last reset
 
     def __init__(
         self,
@@ -87,7 +94,7 @@ class SimVQ(nn.Module):
     def quantize(self, z_BND: Tensor) -> Quantized:
         """The nearest projected code of each token, the straight-through value, and the loss."""
         indices_BN = self.find_codes(z_BND)
-        code_BND = self.get_codebook_entry(indices_BN)
+        code_BND = self._project(indices_BN)  # of the chosen codes alone, with gradient
         z_q_BND = code_BND.detach() + (z_BND - z_BND.detach())  # the value is exactly the code
         to_code = F.mse_loss(z_BND.float(), code_BND.detach().float())
         to_z = F.mse_loss(code_BND.float(), z_BND.detach().float())
@@ -97,15 +104,26 @@ class SimVQ(nn.Module):
 
     @torch.no_grad()
     def find_codes(self, z_BND: Tensor) -> Tensor:
-        """Indices (B, N) of the nearest codes; counted for `get_codebook_usage`."""
-        codes_KD = self.embedding_proj(self.embedding.weight)
+        """Indices (B, N) int64 of the nearest codes; counted for `get_codebook_usage`."""
+        # Weights are reached by calling their module: a sharded one holds them only while it runs.
+        codes_KD = self._project(torch.arange(self.num_embeddings, device=z_BND.device))
         indices_BN = self.search(z_BND.flatten(0, 1), codes_KD).view(z_BND.shape[:2])
-        self.code_counts += torch.bincount(indices_BN.flatten(), minlength=self.num_embeddings)
+        found = indices_BN.flatten()
+        self.code_counts.index_add_(0, found, torch.ones_like(found))
         return indices_BN
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
-        """The projected codes, (*indices.shape, D); equal to `z_q` at those indices."""
-        return self.embedding_proj(self.embedding(indices))
+        """The projected codes, (*indices.shape, D); equal to `z_q` at those indices.
+
+        Raises `ValueError` for an index outside [0, num_embeddings).
+        """
+        outside = indices[(indices < 0) | (indices >= self.num_embeddings)]
+        if len(outside):
+            raise ValueError(
+                f"index {outside[0].item()} is outside the codebook: "
+                f"its {self.num_embeddings} codes are 0 to {self.num_embeddings - 1}"
+            )
+        return self._project(indices)
 
     def get_codebook_usage(self) -> float:
         """Fraction of codes used since the last reset, 0..1."""
@@ -114,3 +132,6 @@ class SimVQ(nn.Module):
     def reset_codebook_usage(self) -> None:
         """Forget which codes were used."""
         self.code_counts.zero_()
+
+    def _project(self, indices: Tensor) -> Tensor:
+        return self.embedding_proj(self.embedding(indices))

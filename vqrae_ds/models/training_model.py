@@ -1,4 +1,4 @@
-"""What the generator engine trains: the tokenizer and, in stage 2, the frozen first encoder beside it."""
+"""What the generator engine trains: the tokenizer and, in stage 2, the frozen first encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vqrae_ds.models.vqrae import VQRAE, VQRAEOutput
 
 
 class TrainingOutput(NamedTuple):
-    """`teacher_features_BND` are the first encoder's features of the same images, without gradient."""
+    """`teacher_features_BND` are the first encoder's of the same images, without gradient."""
 
     vqrae: VQRAEOutput
     teacher_features_BND: Tensor | None

@@ -3,9 +3,11 @@
     image -> encoder -> features_BND -> standardise, project -> z_BNE -> SimVQ -> z_q_BNE
           -> project -> decoder -> image
 
-The features are continuous and never quantised: they serve understanding. The codes serve generation.
+The features are continuous and never quantised: they serve understanding. The codes serve
+generation.
 
-Shapes: B batch, N = h*w tokens, D encoder width, E codebook dimension.
+Shapes: B batch, H x W pixels, h x w grid of patches, N = h*w tokens, D encoder width, E codebook
+dimension, P values a patch.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.models.decoder import Decoder, unpatchify
 from vqrae_ds.models.encoders import ENCODERS
 from vqrae_ds.models.simvq import Search, SimVQ
-from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, check_names
+from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, has_weights
 from vqrae_ds.ops.nearest_code import nearest_code
 
 
 class VQRAEOutput(NamedTuple):
-    """Everything the losses need. Patches are turned into pixels outside of an engine: see `reconstruction`."""
+    """Everything the losses need."""
 
     patches_BhwP: Tensor  # output of the decoder's head
     hidden_BND: Tensor  # its input
@@ -40,15 +42,15 @@ class VQRAEOutput(NamedTuple):
 
     @property
     def reconstruction(self) -> Tensor:
-        """The images (B, 3, H, W), clamped to [0, 1]."""
-        return unpatchify(self.patches_BhwP).float().clamp(0, 1)
+        """The images (B, 3, H, W) in [0, 1], fp32."""
+        return to_images(self.patches_BhwP)
 
 
 class Standardize(nn.Module):
-    """Per-channel mean and scale of the frozen encoder's features, measured once by a calibration pass.
+    """Per-channel mean and scale of the frozen encoder's features, measured by a calibration pass.
 
-    InternViT ends without a norm. Uncentred features hit a handful of codes, and a LayerNorm does not help: it
-    works along the channels and leaves an offset that all tokens share where it is.
+    InternViT ends without a norm. Uncentred features hit a handful of codes, and a LayerNorm does
+    not help: it works along the channels and leaves an offset that all tokens share where it is.
     """
 
     mean: Tensor
@@ -66,10 +68,13 @@ class Standardize(nn.Module):
 class VQRAE(nn.Module):
     """The tokenizer. Images go in and come out as (B, 3, H, W) in [0, 1].
 
-    Weights are random; `from_pretrained` loads them. `encoder_config_path` is a folder with the
-    encoder's config.json, `options` are the other fields of `ModelConfig`, and `config` stands for
-    all of them. `freeze_encoder` runs the encoder without gradient. `attention` is the transformers
-    library's name of the attention implementation, `search` finds the nearest codes.
+    `encoder_config_path` is a folder with the encoder's `config.json`. Safetensors beside it are
+    loaded into the encoder; all else is random: `from_pretrained` loads a whole model. `options`
+    are the other fields of `ModelConfig`, and `config` stands for all of them. `freeze_encoder`
+    runs the encoder without gradient. `attention` is the transformers library's name of the
+    encoder's attention implementation, `search` finds the nearest codes.
+
+    Raises `ValueError` for a field that is unknown or does not fit, and for weights that do not.
     """
 
     def __init__(
@@ -95,10 +100,15 @@ class VQRAE(nn.Module):
                 use_simvq=use_simvq,
                 **options,
             )
+        elif options:
+            raise ValueError(f"config is given: set {', '.join(options)} in it")
+        encoder_folder = config.encoder_config_path
         self.config = config = resolve_model(config)
         self.freeze_encoder = freeze_encoder
         dim, patch_size = config.embedding_dim, config.patch_size
         self.encoder = ENCODERS[config.encoder_cls](config.encoder_config, attention)
+        if encoder_folder is not None and has_weights(encoder_folder):
+            copy_weights(self.encoder.model, WeightFolder(encoder_folder))
         self.encoder.requires_grad_(not freeze_encoder)
         self.standardize = Standardize(self.encoder.hidden_size)
         self.in_proj = nn.Linear(self.encoder.hidden_size, dim)
@@ -109,11 +119,11 @@ class VQRAE(nn.Module):
         self.decoder = Decoder(config.decoder, config.image_size // patch_size, patch_size)
 
     def forward(self, images_B3HW: Tensor) -> VQRAEOutput:
-        """Encode, quantise, decode."""
-        h, w = (side // self.config.patch_size for side in images_B3HW.shape[-2:])
+        """Encode, quantise, decode. Raises `ValueError` as `encode` does."""
         features_BND = self.encode(images_B3HW)
         z_BNE = self.in_proj(self.standardize(features_BND))
         code_BNE, z_q_BNE, vq_loss, indices_BN = self.simvq.quantize(z_BNE)
+        h, w = self._grid(images_B3HW)
         patches_BhwP, hidden_BND = self.decoder(self.out_proj(z_q_BNE), h, w)
         indices_Bhw = indices_BN.unflatten(1, (h, w))
         return VQRAEOutput(
@@ -121,28 +131,36 @@ class VQRAE(nn.Module):
         )
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        """Continuous features (B, h*w, D), never quantised."""
+        """Continuous features (B, h*w, D), never quantised, of floats in [0, 1].
+
+        Raises `ValueError` where a side is no multiple of the patch size, or for another shape.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             return self.encoder(images_B3HW)
 
+    @torch.no_grad()
     def encode_to_indices(self, images_B3HW: Tensor) -> Tensor:
-        """Codes (B, h, w) int64, each in [0, num_embeddings)."""
-        h, w = (side // self.config.patch_size for side in images_B3HW.shape[-2:])
+        """Codes (B, h, w) int64, each in [0, num_embeddings). Raises `ValueError` as `encode`."""
         z_BNE = self.in_proj(self.standardize(self.encode(images_B3HW)))
-        return self.simvq.find_codes(z_BNE).unflatten(1, (h, w))
+        return self.simvq.find_codes(z_BNE).unflatten(1, self._grid(images_B3HW))
 
     def decode_from_indices(self, indices_Bhw: Tensor) -> Tensor:
-        """Images (B, 3, H', W') in [0, 1]."""
+        """Codes (B, h, w) of any grid -> images (B, 3, H, W) in [0, 1], fp32, a patch a code.
+
+        Raises `ValueError` for another shape and for an index outside [0, num_embeddings).
+        """
+        if indices_Bhw.ndim != 3:
+            raise ValueError(f"indices have shape {tuple(indices_Bhw.shape)}, not (B, h, w)")
         z_q_BNE = self.simvq.get_codebook_entry(indices_Bhw.flatten(1))
         patches_BhwP, _ = self.decoder(self.out_proj(z_q_BNE), *indices_Bhw.shape[1:])
-        return unpatchify(patches_BhwP).float().clamp(0, 1)
+        return to_images(patches_BhwP)
 
     def get_codebook_usage(self) -> float:
         """Fraction of codes used since the last reset, 0..1."""
         return self.simvq.get_codebook_usage()
 
     def resets(self) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
-        """Each module that holds parameters of its own, with the call that draws them anew."""
+        """Each module with parameters of its own, and the call that draws them anew."""
         yield from self.encoder.resets()
         ours = (self.in_proj, self.simvq, self.out_proj, self.decoder)
         for module in (m for part in ours for m in part.modules()):
@@ -150,7 +168,7 @@ class VQRAE(nn.Module):
                 yield module, module.reset_parameters
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`."""
+        """Write `config.json` and `model.safetensors`, which `from_pretrained` reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / SINGLE_FILE)
@@ -158,44 +176,51 @@ class VQRAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, attention: str = "sdpa") -> VQRAE:
-        """Load a consolidated folder: config.json and safetensors, every tensor checked by name and shape.
+        """Load a consolidated folder: `config.json`, and safetensors in one file or in shards.
 
-        The model is in evaluation mode, in the dtype of the stored parameters, its encoder not frozen.
+        The model is on the CPU, in evaluation mode, its encoder not frozen. Parameters have the
+        dtype in which the trained ones are stored; buffers are fp32.
+
+        Raises `ValueError` for a file that is missing or damaged, and for tensors that are missing,
+        foreign or of another shape; the message names them.
         """
-        config = read_config(folder)
-        weights = WeightFolder(folder)
-        model = cls(config=config, freeze_encoder=False, attention=attention)
-        dtype = weights.read("out_proj.weight").dtype
+        config, weights = read_config(folder), WeightFolder(folder)
+        with torch.device("meta"):  # no value is drawn only to be overwritten
+            model = cls(config=config, freeze_encoder=False, attention=attention)
+        dtype = weights.read("out_proj.weight").dtype  # a frozen encoder may be stored in less
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
+        model.to_empty(device="cpu")
         copy_weights(model, weights)
+        model.simvq.reset_codebook_usage()  # the only tensor that is not stored
         return model.eval()
+
+    def _grid(self, images_B3HW: Tensor) -> tuple[int, int]:
+        H, W = images_B3HW.shape[2:]
+        return H // self.config.patch_size, W // self.config.patch_size
+
+
+def to_images(patches_BhwP: Tensor) -> Tensor:
+    """Patches of the decoder -> images (B, 3, H, W), fp32, clamped to [0, 1]."""
+    return unpatchify(patches_BhwP).float().clamp(0, 1)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The `config.json` of a consolidated folder. Raises `ValueError` where it is missing or of another kind."""
+    """The `config.json` of a consolidated folder.
+
+    Raises `ValueError` where it is missing or does not describe a model.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: {folder} is not a folder of tools/convert_checkpoint.py"
         )
-    return ModelConfig.model_validate_json(path.read_text())
+    try:
+        return resolve_model(ModelConfig.model_validate_json(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} does not describe a model: {error}") from error
 
 
 def config_json(config: ModelConfig) -> str:
     """What `config.json` holds."""
     return json.dumps(config.model_dump(), indent=2) + "\n"
-
-
-@torch.no_grad()
-def copy_weights(model: nn.Module, weights: WeightFolder) -> None:
-    """Copy every tensor of `weights` into `model`. Raises `ValueError` on a missing, extra or misshaped one."""
-    targets = model.state_dict()
-    check_names(set(targets), weights.names(), weights.folder)
-    for name, target in targets.items():
-        source = weights.read(name)
-        if source.shape != target.shape:
-            raise ValueError(
-                f"{name} in {weights.folder} has shape {tuple(source.shape)}, the model {tuple(target.shape)}"
-            )
-        target.copy_(source)

@@ -1,47 +1,63 @@
-"""Folders of safetensors weights in the Hugging Face layout: one file, or shards with an index. No pickle."""
+"""Folders of safetensors weights in the Hugging Face layout: one file, or shards with an index.
+
+No pickle.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
+def has_weights(folder: str | Path) -> bool:
+    """Whether `WeightFolder` finds something to read in `folder`."""
+    return any((Path(folder) / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+
+
 class WeightFolder:
-    """Reads one tensor at a time, so that a 6B model needs the memory of its largest tensor."""
+    """Reads one tensor at a time, so that a 6B model needs the memory of its largest tensor.
+
+    Raises `ValueError` where the folder holds no weights, both layouts, or a file that is damaged.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if (self.folder / INDEX_FILE).is_file():
-            self._file_of = json.loads((self.folder / INDEX_FILE).read_text())["weight_map"]
-            files = sorted(set(self._file_of.values()))
-        elif (self.folder / SINGLE_FILE).is_file():
-            self._file_of, files = {}, [SINGLE_FILE]
-        else:
+        single, index = self.folder / SINGLE_FILE, self.folder / INDEX_FILE
+        if single.is_file() and index.is_file():
+            raise ValueError(f"{single} and {index.name} are both there: remove the outdated one")
+        if not has_weights(folder):
             raise ValueError(f"{self.folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-        try:
-            self._handles = {f: safe_open(self.folder / f, framework="pt") for f in files}
-        except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(f"{self.folder} cannot be read: {error}") from error
-        if not self._file_of:
-            self._file_of = dict.fromkeys(self._handles[SINGLE_FILE].keys(), SINGLE_FILE)
+        self._handle_of: dict[str, safe_open] = {}
+        for path in [single] if single.is_file() else _shards(index):
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read: {error}") from error
+            self._handle_of |= dict.fromkeys(handle.keys(), handle)
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._file_of)
+        return set(self._handle_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, from the header."""
-        return tuple(self._handles[self._file_of[name]].get_slice(name).get_shape())
+        """Shape of one tensor, from the header. Raises `ValueError` where there is none."""
+        return tuple(self._find(name).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        return self._handles[self._file_of[name]].get_tensor(name)
+        """One tensor, on the CPU. Raises `ValueError` where there is none."""
+        return self._find(name).get_tensor(name)
+
+    def _find(self, name: str) -> safe_open:
+        if name not in self._handle_of:
+            raise ValueError(f"{self.folder} holds no tensor {name}")
+        return self._handle_of[name]
 
 
 def check_names(expected: set[str], found: set[str], source: object) -> None:
@@ -54,3 +70,28 @@ def check_names(expected: set[str], found: set[str], source: object) -> None:
             if n
         ]
         raise ValueError(f"the tensors of {source} do not fit the model: {'; '.join(parts)}")
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, weights: WeightFolder) -> None:
+    """Copy every tensor of `weights` into `model`, whose dtypes stay.
+
+    Raises `ValueError`, before anything is copied, on a missing, extra or misshaped tensor.
+    """
+    targets = model.state_dict()
+    check_names(set(targets), weights.names(), weights.folder)
+    for name, target in targets.items():
+        shape, expected = weights.shape(name), tuple(target.shape)
+        if shape != expected:
+            raise ValueError(f"{name} in {weights.folder} has shape {shape}, the model {expected}")
+    for name, target in targets.items():
+        target.copy_(weights.read(name))
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files of an index. Which tensor lies where is read from the files themselves."""
+    try:
+        names = json.loads(index.read_text())["weight_map"].values()
+        return sorted({index.parent / name for name in names})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error

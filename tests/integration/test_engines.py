@@ -1,0 +1,161 @@
+"""Engines on two real ranks: each ZeRO stage, bf16, every tested key of the JSON, first weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import run_ranks
+from tests.tiny import DEEPSPEED, GAN, images_of, make_run, save_initial
+from vqrae_ds.config import Run, deepspeed_json
+
+pytestmark = pytest.mark.slow
+
+STEPS = 3
+LOSSES = {"perceptual": None, "adversarial": {"weight": 0.1, **GAN}}
+ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+EVERY_KEY = {  # each key that config/deepspeed_json.py calls tested, `momentum` apart (it is SGD's)
+    "gradient_clipping": 0.5,
+    "zero_allow_untested_optimizer": True,
+    "bf16": {"enabled": True},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {
+            "lr": 1e-3,
+            "betas": [0.9, 0.95],
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "torch_adam": True,
+        },
+    },
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {
+            "warmup_num_steps": 2,
+            "warmup_min_ratio": 0.5,
+            "warmup_type": "log",
+            "cos_min_ratio": 0.1,
+        },
+    },
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 1e5,
+        "sub_group_size": 1e5,
+        "stage3_prefetch_bucket_size": 1e5,
+        "stage3_param_persistence_threshold": 10,
+        "stage3_max_live_parameters": 1e6,
+        "stage3_max_reuse_distance": 1e6,
+    },
+}
+MOMENTUM = {"optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}}
+
+
+def steps_of(rank: int, run: Run) -> list[float]:
+    """The total losses of a few steps of the trainer; they are the same program at every stage."""
+    from vqrae_ds import engines
+    from vqrae_ds.losses.objective import Objective, discriminator_loss
+
+    generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
+    objective = Objective(run.config.losses, None, discriminator.module, engines.mean_over_ranks)
+    losses = []
+    for step in range(STEPS):
+        images = images_of(step, rank)
+        loss = objective.generator(generator(images), images, step)
+        generator.backward(loss.surrogate)
+        generator.step()
+        verdict = discriminator_loss(discriminator, images, loss.images_hat_B3HW)
+        discriminator.backward(verdict.total)
+        discriminator.step()
+        losses.append(loss.total.item())
+    return losses
+
+
+def run_everything(rank: int, folder: Path) -> None:
+    from vqrae_ds import engines
+
+    variants = {f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2)}
+    variants |= {"zero3": {}, "bf16": {"bf16": {"enabled": True}}}
+    variants |= {"every_key": EVERY_KEY, "momentum": MOMENTUM}
+    losses = {}
+    for name, deepspeed in variants.items():
+        mine = folder / f"rank{rank}"
+        run = make_run(mine, 1, losses=LOSSES, deepspeed=deepspeed)
+        losses[name] = steps_of(rank, run)
+    (folder / f"losses{rank}.json").write_text(json.dumps(losses))
+
+    run = make_run(mine, 1, losses=LOSSES, deepspeed={"bf16": {"enabled": True}})
+    model = engines.build_generator(run).module
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    weights = load_file(mine / "initial" / "model.safetensors")
+    assert torch.equal(model.vqrae.standardize.mean, weights["standardize.mean"]), "kept in fp32"
+    assert torch.equal(
+        model.vqrae.encoder.image_mean.flatten(), torch.tensor([0.485, 0.456, 0.406])
+    )
+    codebook = model.vqrae.simvq.embedding.weight
+    with engines.gathered(model):
+        assert torch.equal(codebook, weights["simvq.embedding.weight"].bfloat16())
+
+    untrained = {"init": {"model": None, "allow_untrained_encoder": True}}
+    model = engines.build_generator(make_run(mine, 1, losses=LOSSES, **untrained)).module
+    with engines.gathered(model):
+        state = {n: t.clone() for n, t in model.state_dict().items()}
+    assert all(t.isfinite().all() for t in state.values())
+    assert math.isclose(state["vqrae.simvq.embedding.weight"].std(), 16**-0.5, rel_tol=0.1)
+    assert (state["vqrae.decoder.head.bias"] == 0.5).all()
+    assert (state["vqrae.decoder.blocks.0.scale1.scale"] == torch.tensor(0.1)).all()
+    torch.save(state, folder / f"drawn{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    for rank in range(2):
+        (folder / f"rank{rank}").mkdir()
+        save_initial(folder / f"rank{rank}" / "initial")
+    run_ranks(2, run_everything, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def losses(folder) -> dict[str, list[float]]:
+    return json.loads((folder / "losses0.json").read_text())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_zero_stage_takes_the_same_steps(losses, stage):
+    assert losses[f"zero{stage}"] == pytest.approx(losses["zero3"], rel=1e-6)
+
+
+def test_bf16_follows_fp32(losses):
+    assert losses["bf16"] == pytest.approx(losses["zero3"], rel=0.02)
+    assert losses["bf16"] != losses["zero3"]
+
+
+def test_every_tested_key_runs(losses):
+    assert all(math.isfinite(loss) for loss in losses["every_key"] + losses["momentum"])
+    used = set(deepspeed_json_names(copy.deepcopy(DEEPSPEED) | EVERY_KEY))
+    used |= set(deepspeed_json_names(MOMENTUM))
+    assert used == set(deepspeed_json.tested_names())
+
+
+def deepspeed_json_names(section: dict, prefix: str = "") -> list[str]:
+    names = []
+    for key, value in section.items():
+        names.append(prefix + key)
+        if isinstance(value, dict):
+            names += deepspeed_json_names(value, f"{prefix}{key}.")
+    return names
+
+
+def test_ranks_draw_the_same_first_weights(folder):
+    ours, theirs = (torch.load(folder / f"drawn{rank}.pt") for rank in range(2))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name

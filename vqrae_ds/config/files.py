@@ -1,0 +1,94 @@
+"""Reads YAML and JSON files, each mistake as one line that says where it is.
+
+A key that is given twice is refused; both libraries would keep the last value in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vqrae_ds.config.checking import show
+
+
+class _Pairs(list):
+    """Keys and values of a mapping as they stand in the file, with repeated keys."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Keeps repeated keys, and reads 1e-3 as a number where YAML 1.1 reads a text."""
+
+
+_Loader.add_constructor(
+    "tag:yaml.org,2002:map", lambda loader, node: _Pairs(loader.construct_pairs(node, deep=True))
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path, name: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises `ValueError`; `name` is the setting that gave the path."""
+    return _read(path, name, lambda text: yaml.load(text, Loader=_Loader))
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises `ValueError`; `name` is the setting that gave the path."""
+    return _read(path, name, lambda text: json.loads(text, object_pairs_hook=_Pairs))
+
+
+def parse_value(text: str) -> Any:
+    """A value of the command line, read as YAML. Raises `ValueError`."""
+    try:
+        return _to_dicts(yaml.load(text, Loader=_Loader), "")
+    except yaml.YAMLError as error:
+        raise ValueError(_explain(error)) from error
+
+
+def _read(path: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = _to_dicts(parse(path.read_text(encoding="utf-8")), "")
+    except OSError as error:
+        raise ValueError(f"{name} = {path}: {error.strerror.lower()}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} = {path}: {_explain(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} = {path}: {error}") from error
+    if content is None:
+        raise ValueError(f"{name} = {path} is empty")
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} = {path} must hold keys and values, not {show(content)}")
+    return content
+
+
+def _to_dicts(value: Any, name: str) -> Any:
+    """`value` with its pairs as dicts; `name` is where it stands in the file."""
+    if not isinstance(value, list):
+        return value
+    if not isinstance(value, _Pairs):
+        return [_to_dicts(item, f"{name}.{i}") for i, item in enumerate(value)]
+    result: dict[str, Any] = {}
+    for key, item in value:
+        if not isinstance(key, str) or not key or not key.isprintable():
+            raise ValueError(f"the key {show(key)} in {name or 'the file'} must be a name")
+        full_name = f"{name}.{key}" if name else key
+        item = _to_dicts(item, full_name)
+        if key in result:
+            raise ValueError(f"{full_name} is given twice: {show(result[key])} and {show(item)}")
+        result[key] = item
+    return result
+
+
+def _explain(error: yaml.YAMLError) -> str:
+    """PyYAML's message without its drawing of the spot."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    steps = ((error.context, error.context_mark), (error.problem, error.problem_mark))
+    return ": ".join(f"{what} in line {mark.line + 1}" for what, mark in steps if what and mark)
