@@ -112,11 +112,8 @@ def _load(engine: Any, folder: Path, tag: str) -> None:
 
 
 def _newest_intact(checkpoints: Path) -> Path | None:
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
-        try:
-            damage = manifest.find_damage(folder, manifest.read_manifest(folder))
-        except ValueError as error:
-            damage = [str(error)]
+    for folder in manifest.complete_steps(checkpoints):
+        damage = manifest.find_damage(folder, manifest.read_manifest(folder))
         if not damage:
             return folder
         logger.warning("passing over %s: %s", folder, "; ".join(damage))
@@ -124,13 +121,9 @@ def _newest_intact(checkpoints: Path) -> Path | None:
 
 
 def _remove_old(checkpoints: Path, keep_last: int) -> None:
-    complete = [
-        f for f in sorted(checkpoints.glob("step_*")) if (f / manifest.MANIFEST_NAME).is_file()
-    ]
-    for folder in complete[:-keep_last]:
-        (
-            folder / manifest.MANIFEST_NAME
-        ).unlink()  # from here on it does not exist, however far the rest gets
+    for folder in manifest.complete_steps(checkpoints)[keep_last:]:
+        # Without its manifest it does not exist any more, however far the rest gets.
+        (folder / manifest.MANIFEST_NAME).unlink()
         shutil.rmtree(folder)
 
 

@@ -7,7 +7,9 @@ complete. DeepSpeed writes no checksum, and loads a file with a flipped byte wit
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,10 @@ import xxhash
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-_READ_BYTES = 1 << 24
+_READ_BYTES = 1 << 22
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+logger = logging.getLogger(__name__)
 
 
 class FileRecord(NamedTuple):
@@ -69,13 +74,33 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         payload: dict[str, Any] = json.loads(path.read_text())
         version = payload.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {version}, this code reads {FORMAT_VERSION}"
+            )
         payload["files"] = {name: FileRecord(**r) for name, r in payload["files"].items()}
-        manifest = Manifest(**payload)
+        return Manifest(**payload)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable manifest: {error}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
-    return manifest
+
+
+def complete_steps(checkpoints: Path) -> list[Path]:
+    """The `step_XXXXXXXX` folders with a readable manifest, newest first; others are warned of."""
+    steps = {int(m[1]): p for p in checkpoints.glob("*") if (m := _STEP_FOLDER.fullmatch(p.name))}
+    complete = []
+    for _, folder in sorted(steps.items(), reverse=True):
+        try:
+            read_manifest(folder)
+        except ValueError as error:
+            logger.warning("passing over it: %s", error)
+        else:
+            complete.append(folder)
+    return complete
+
+
+def is_step_folder(path: Path) -> bool:
+    """Whether `path` is named like the checkpoint of one step."""
+    return _STEP_FOLDER.fullmatch(path.name) is not None
 
 
 def find_damage(folder: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:

@@ -1,18 +1,17 @@
-"""The configuration of a run: model YAML + DeepSpeed JSON + overrides -> one frozen, checked description.
+"""The configuration of a run: model YAML + DeepSpeed JSON + overrides -> one frozen description.
 
 Importing this package imports neither torch nor deepspeed: a mistake is reported within a second.
 """
 
-from vqrae_ds.config.reading import Run, Schedule, describe, parse_command_line, read_run
+from vqrae_ds.config.command_line import parse_command_line
+from vqrae_ds.config.model import DecoderConfig, ModelConfig, resolve_model
+from vqrae_ds.config.reading import Run, Schedule, describe, read_run
 from vqrae_ds.config.schema import (
     AdversarialConfig,
-    DecoderConfig,
     DistillationConfig,
     LearningRateMultiplierConfig,
     LossConfig,
-    ModelConfig,
     TrainConfig,
-    resolve_model,
 )
 
 __all__ = [

@@ -1,73 +1,127 @@
-"""Checks of the DeepSpeed JSON, and the batch arithmetic that follows from it.
+"""What the DeepSpeed JSON may say, and the batch arithmetic that follows from it.
 
-DeepSpeed accepts a misspelt top-level key in silence (a misspelt `zero_optimization` trains at stage 0) and
-reads "auto" as a default. So every key must be one that this project has tested, with the type it expects;
-an untested key is refused unless it is allowed by name on the command line.
+DeepSpeed accepts a misspelt top-level key in silence (a misspelt `zero_optimization` trains at
+stage 0) and reads "auto" as a default. So every key must be one that this project has tested, with
+a value that DeepSpeed takes; an untested key is refused unless the command line allows it by name.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+import copy
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
-NUMBER = (int, float)
+from pydantic import Field, model_validator
 
-# Leaf -> accepted types; a tuple of strings means one of them.
-TESTED_KEYS: dict[str, Any] = {
-    "train_batch_size": int,
-    "train_micro_batch_size_per_gpu": int,
-    "gradient_clipping": NUMBER,
-    "zero_allow_untested_optimizer": bool,
-    "optimizer": {
-        "type": ("AdamW", "SGD"),
-        "params": {
-            "lr": NUMBER,
-            "betas": list,
-            "eps": NUMBER,
-            "weight_decay": NUMBER,
-            "torch_adam": bool,
-            "momentum": NUMBER,
-        },
-    },
-    "scheduler": {
-        "type": ("WarmupCosineLR",),
-        "params": {
-            "warmup_num_steps": int,
-            "warmup_min_ratio": NUMBER,
-            "warmup_type": ("linear", "log"),
-            "cos_min_ratio": NUMBER,
-        },
-    },
-    "bf16": {"enabled": bool},
-    "zero_optimization": {
-        "stage": int,
-        "overlap_comm": bool,
-        "contiguous_gradients": bool,
-        "reduce_bucket_size": NUMBER,
-        "sub_group_size": NUMBER,
-        "stage3_prefetch_bucket_size": NUMBER,
-        "stage3_param_persistence_threshold": NUMBER,
-        "stage3_max_live_parameters": NUMBER,
-        "stage3_max_reuse_distance": NUMBER,
-    },
-}
-REQUIRED_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_clipping",  # an absent one means 1.0 to DeepSpeed, not "off"
-    "optimizer.type",
-    "optimizer.params.lr",
-    "zero_optimization.stage",
+from vqrae_ds.config.checking import (
+    Positive,
+    PositiveNumber,
+    Section,
+    Weight,
+    check,
+    key_names,
+    nearest_name,
+    show,
 )
-# Numbers that the YAML, or the arithmetic, owns; a JSON that gives them too is refused.
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[float, Field(ge=0, allow_inf_nan=False, multiple_of=1)]  # 5e8 is a count too
+
+LEFT_OUT: Any = None  # the key may be left out, but not be null: DeepSpeed's own default applies
+
+
+class OptimizerParams(Section):
+    """Arguments of the optimizer. `lr` is the base that the YAML's `lr_multiplier` scales."""
+
+    lr: PositiveNumber
+    betas: Annotated[list[Momentum], Field(min_length=2, max_length=2)] = LEFT_OUT
+    eps: Weight = LEFT_OUT
+    weight_decay: Weight = LEFT_OUT
+    torch_adam: bool = LEFT_OUT
+    momentum: Momentum = LEFT_OUT
+
+
+class Optimizer(Section):
+    """`torch_adam` takes PyTorch's AdamW, which compiles nothing at the start."""
+
+    type: Literal["AdamW", "SGD"]
+    params: OptimizerParams
+
+    @model_validator(mode="after")
+    def _params_of_the_type(self) -> Optimizer:
+        foreign = {"AdamW": ("momentum",), "SGD": ("betas", "eps", "torch_adam")}[self.type]
+        for key in foreign:
+            if key in self.params.model_fields_set:
+                value = show(getattr(self.params, key))
+                raise ValueError(
+                    f"params.{key} = {value} is no parameter of {self.type}: remove it"
+                )
+        return self
+
+
+class SchedulerParams(Section):
+    """In optimizer steps, and in shares of the learning rate.
+
+    Without `warmup_num_steps` DeepSpeed would warm up for 1000 steps, whatever the run's length.
+    """
+
+    warmup_num_steps: Positive
+    warmup_min_ratio: Ratio = LEFT_OUT
+    warmup_type: Literal["linear", "log"] = LEFT_OUT
+    cos_min_ratio: Ratio = LEFT_OUT
+
+
+class Scheduler(Section):
+    """Without the section the learning rate is constant."""
+
+    type: Literal["WarmupCosineLR"]
+    params: SchedulerParams
+
+
+class Bf16(Section):
+    """bfloat16 weights with fp32 masters."""
+
+    enabled: bool
+
+
+class ZeroOptimization(Section):
+    """Sizes are numbers of elements."""
+
+    stage: Annotated[int, Field(ge=0, le=3)]
+    overlap_comm: bool = LEFT_OUT
+    contiguous_gradients: bool = LEFT_OUT
+    reduce_bucket_size: Count = LEFT_OUT
+    sub_group_size: Count = LEFT_OUT
+    stage3_prefetch_bucket_size: Count = LEFT_OUT
+    stage3_param_persistence_threshold: Count = LEFT_OUT
+    stage3_max_live_parameters: Count = LEFT_OUT
+    stage3_max_reuse_distance: Count = LEFT_OUT
+
+
+class DeepSpeedJson(Section):
+    """The tested keys."""
+
+    train_batch_size: Positive
+    train_micro_batch_size_per_gpu: Positive
+    gradient_clipping: Weight  # 0 is off; an absent one means 1.0 to DeepSpeed
+    zero_allow_untested_optimizer: bool = LEFT_OUT
+    optimizer: Optimizer
+    scheduler: Scheduler = LEFT_OUT
+    bf16: Bf16 = LEFT_OUT
+    zero_optimization: ZeroOptimization
+
+
+TESTED_NAMES = tuple(key_names(DeepSpeedJson))
+# Numbers that the YAML or the arithmetic owns.
 OWNED_ELSEWHERE = {
     "gradient_accumulation_steps": "it is derived: train_batch_size / (micro batch x ranks)",
-    "scheduler.params.total_num_steps": "the length of the run is run.epochs or run.total_steps in the YAML",
+    "scheduler.params.total_num_steps": "the length is run.epochs or run.total_steps in the YAML",
     "steps_per_print": "it is monitor.log_every_steps in the YAML",
     "seed": "it is run.seed in the YAML",
-    "tensorboard": "TensorBoard is always written; its interval is monitor.log_every_steps in the YAML",
-    "checkpoint": "checkpoints are described by the section checkpoint of the YAML",
+    "tensorboard": "it is always written, every monitor.log_every_steps of the YAML",
+    "checkpoint": "checkpoints are the section checkpoint of the YAML",
 }
 
 
@@ -80,107 +134,88 @@ class BatchArithmetic(NamedTuple):
     world_size: int
 
 
-def check_keys(raw: Any, allowed: Collection[str] = ()) -> None:
-    """Check every key and type of the DeepSpeed JSON; `allowed` names untested keys to let through.
+def check_keys(
+    raw: Mapping[str, Any], allowed: Collection[str] = (), yaml_names: Sequence[str] = ()
+) -> None:
+    """Check every key and value of the DeepSpeed JSON; `allowed` are untested keys to let through.
 
-    Raises `ValueError` with the full name of the first offending key, its value and the nearest tested name.
+    Raises `ValueError` with the full name of the offending key, its value and the nearest tested
+    name, or the one of `yaml_names`.
     """
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"the DeepSpeed JSON must be an object, not {type(raw).__name__}")
-    _check_section(raw, TESTED_KEYS, "", frozenset(allowed))
-    for name in REQUIRED_KEYS:
-        if get(raw, name) is None:
-            raise ValueError(f"{name} is missing")
-    if get(raw, "zero_optimization.stage") not in (0, 1, 2, 3):
-        raise ValueError(
-            f"zero_optimization.stage = {get(raw, 'zero_optimization.stage')!r} is not 0, 1, 2 or 3"
-        )
-    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "optimizer.params.lr"):
-        if get(raw, name) <= 0:
-            raise ValueError(f"{name} = {get(raw, name)!r} is not positive")
+    for name, owner in OWNED_ELSEWHERE.items():
+        if (value := get(raw, name)) is not None:
+            raise ValueError(f"{name} = {show(value)} must not be in the DeepSpeed JSON: {owner}")
+
+    def describe_untested(name: str) -> str:
+        near = nearest_name(name, TESTED_NAMES, yaml_names)
+        start = "is an untested key of the DeepSpeed JSON;"
+        if near in yaml_names:
+            return f"{start} did you mean {near} in the YAML?"
+        if near:
+            return f"{start} did you mean {near}? (--allow-untested-key {name} lets it through)"
+        return f"{start} --allow-untested-key {name} lets it through"
+
+    check(
+        DeepSpeedJson,
+        _without(raw, allowed),
+        source="the DeepSpeed JSON",
+        describe_unknown=describe_untested,
+    )
 
 
 def batch_arithmetic(deepspeed: Mapping[str, Any], world_size: int) -> BatchArithmetic:
-    """The global batch is fixed; how often gradients are accumulated follows from the number of ranks."""
+    """The global batch is fixed; how often gradients are accumulated follows from the ranks.
+
+    Raises `ValueError` with the nearest numbers that would do where it is not a whole number.
+    """
     total, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
-    accumulation, rest = divmod(total, micro * world_size)
-    if rest or accumulation == 0:
-        possible = [n for n in range(1, total // micro + 1) if total % (micro * n) == 0]
-        nearest = sorted(possible, key=lambda n: abs(n - world_size))[:4]
+    micro_batches, rest = divmod(total, micro)
+    if rest:
+        nearest = [n for n in (total - rest, total - rest + micro) if n > 0]
         raise ValueError(
-            f"train_batch_size = {total} is not a multiple of "
-            f"train_micro_batch_size_per_gpu x ranks = {micro} x {world_size}; "
-            + (
-                f"with this micro batch it can run on {', '.join(map(str, sorted(nearest)))} ranks"
-                if nearest
-                else "the micro batch does not divide it on any number of ranks"
-            )
+            f"train_batch_size = {total} is not a multiple of train_micro_batch_size_per_gpu = "
+            f"{micro}; nearest: {' and '.join(map(str, nearest))}"
+        )
+    accumulation, rest = divmod(micro_batches, world_size)
+    if rest:
+        possible = sorted(_divisors(micro_batches), key=lambda n: abs(n - world_size))[:4]
+        raise ValueError(
+            f"train_batch_size = {total} is not a multiple of train_micro_batch_size_per_gpu x "
+            f"ranks = {micro} x {world_size}; with this micro batch it can run on "
+            f"{', '.join(map(str, sorted(possible)))} ranks"
         )
     return BatchArithmetic(total, micro, accumulation, world_size)
 
 
-def get(section: Mapping[str, Any], dotted: str) -> Any:
-    """The value at `dotted`, or None where the path ends early."""
+def get(section: Mapping[str, Any], name: str) -> Any:
+    """The value at the dotted `name`, or None where the path ends early."""
     value: Any = section
-    for key in dotted.split("."):
+    for key in name.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def tested_names() -> list[str]:
-    """All tested keys by their full dotted names, sections included."""
-    return list(_walk(TESTED_KEYS, ""))
-
-
-def _walk(keys: Mapping[str, Any], prefix: str):
-    for key, expected in keys.items():
-        yield prefix + key
-        if isinstance(expected, dict):
-            yield from _walk(expected, f"{prefix}{key}.")
-
-
-def _check_section(raw: Mapping, tested: Mapping[str, Any], prefix: str, allowed: frozenset[str]):
-    for key, value in raw.items():
-        name = prefix + key
-        if name in allowed:
-            continue
-        if name in OWNED_ELSEWHERE:
-            raise ValueError(
-                f"{name} = {value!r} does not belong in the DeepSpeed JSON: {OWNED_ELSEWHERE[name]}"
-            )
-        if key not in tested:
-            raise ValueError(
-                f"{name} = {value!r} is not a key tested with this trainer; {_way_out(name, key, tested)}"
-            )
-        _check_value(name, value, tested[key], allowed)
-
-
-def _check_value(name: str, value: Any, expected: Any, allowed: frozenset[str]) -> None:
-    if value == "auto":
-        raise ValueError(
-            f"{name} = 'auto' has no meaning outside the Hugging Face Trainer: give the value"
-        )
-    if isinstance(expected, dict):
-        if not isinstance(value, Mapping):
-            raise ValueError(
-                f"{name} = {value!r} must be a section {{...}} with the keys {', '.join(expected)}"
-            )
-        _check_section(value, expected, f"{name}.", allowed)
-    elif isinstance(expected, tuple) and isinstance(expected[0], str):
-        if value not in expected:
-            raise ValueError(f"{name} = {value!r} is not one of {', '.join(expected)}")
-    elif not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        wanted = {int: "a whole number", bool: "true or false", list: "a list", NUMBER: "a number"}[
-            expected
+def _without(raw: Mapping[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+    """A copy without the allowed keys, each of which must be there and be untested."""
+    rest = copy.deepcopy(dict(raw))
+    for name in allowed:
+        parent, _, key = name.rpartition(".")
+        section = get(rest, parent) if parent else rest
+        untested = [
+            k
+            for k in (section if isinstance(section, dict) else ())
+            if (f"{parent}.{k}" if parent else k) not in TESTED_NAMES
         ]
-        raise ValueError(f"{name} = {value!r} must be {wanted}")
+        if key not in untested or (parent and parent not in TESTED_NAMES):
+            near = nearest_name(key, untested)
+            raise ValueError(
+                f"--allow-untested-key {name} names no untested key of the DeepSpeed JSON"
+                + (f"; did you mean {parent + '.' if parent else ''}{near}?" if near else "")
+            )
+        del section[key]
+    return rest
 
 
-def _way_out(name: str, key: str, tested: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(key, tested, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {name[: len(name) - len(key)]}{near[0]}? (--allow-untested-key {name} lets it through)"
-    elsewhere = [full for full in tested_names() if full.rpartition(".")[2] == key]
-    if elsewhere:
-        return f"did you mean {elsewhere[0]}?"
-    return f"--allow-untested-key {name} lets it through"
+def _divisors(number: int) -> set[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return {*small, *(number // n for n in small)}

@@ -20,7 +20,6 @@ import functools
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
 from pathlib import Path
@@ -34,8 +33,10 @@ from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.manifest import (
     MANIFEST_NAME,
     Manifest,
+    complete_steps,
     find_damage,
     hash_file,
+    is_step_folder,
     list_files,
     read_manifest,
     write_json_atomically,
@@ -45,7 +46,6 @@ Target = Literal["stage2", "inference"]
 
 _RECORD_NAME = "conversion.json"
 _MODEL_PREFIX, _TEACHER_PREFIX = "vqrae.", "teacher."
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 logger = logging.getLogger(__name__)
@@ -60,10 +60,13 @@ def find_step_folder(path: Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder")
-    if _STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST_NAME).is_file():
+    if is_step_folder(path) or (path / MANIFEST_NAME).is_file():
         return path
     inside = path / "checkpoints"
-    return _newest_complete(inside if inside.is_dir() else path)
+    complete = complete_steps(inside if inside.is_dir() else path)
+    if not complete:
+        raise ValueError(f"{path} holds no complete checkpoint (step_XXXXXXXX/{MANIFEST_NAME})")
+    return complete[0]
 
 
 def consolidate(
@@ -130,19 +133,6 @@ def verify(checkpoint: Path, output: Path, *, progress: bool = False) -> None:
         differences.append("config.json is not the checkpoint's model_config.json")
     if differences:
         raise ValueError(f"{output} is not what {checkpoint} holds: {'; '.join(differences)}")
-
-
-def _newest_complete(folder: Path) -> Path:
-    """The `step_XXXXXXXX` folder of the highest step that has a readable manifest."""
-    steps = {int(m[1]): p for p in folder.iterdir() if (m := _STEP_FOLDER.fullmatch(p.name))}
-    for _, path in sorted(steps.items(), reverse=True):
-        try:
-            read_manifest(path)
-        except ValueError as error:
-            logger.warning("skipped: %s", error)
-        else:
-            return path
-    raise ValueError(f"{folder} holds no complete checkpoint (step_XXXXXXXX/{MANIFEST_NAME})")
 
 
 def _check_intact(checkpoint: Path, manifest: Manifest) -> None:

@@ -38,9 +38,9 @@ def adaptive_weight(
     """|reconstruction gradient| / |adversarial gradient| at the weight of the decoder's head.
 
     The gradients given are those at the head's output, `hidden_BND` is its input: together they
-    make the gradient of the weight, which ZeRO-3 keeps nowhere. The norms are root mean squares over
-    the ranks: every rank uses the same scalar, of at most `MAX_ADAPTIVE_WEIGHT`, and the reduction
-    is two numbers.
+    make the gradient of the weight, which ZeRO-3 keeps nowhere. The norms are root mean squares
+    over the ranks: every rank uses the same scalar, of at most `MAX_ADAPTIVE_WEIGHT`, and the
+    reduction is two numbers.
     """
     squares = torch.stack(
         [

@@ -2,8 +2,8 @@
 
 The image losses are differentiated down to the output of the decoder's head and no further; the
 engine then runs one backward of a surrogate with the same gradient. So no loss reaches through an
-engine's output, each image loss is differentiated once, and the adaptive weight comes from gradients
-that are there anyway.
+engine's output, each image loss is differentiated once, and the adaptive weight comes from
+gradients that are there anyway.
 
 Shapes: B batch, H x W pixels, h x w grid of patches, P values a patch, N = h*w tokens, D width of
 the decoder.
@@ -47,8 +47,8 @@ class DiscriminatorLoss(NamedTuple):
 class Objective:
     """Composes the losses.
 
-    `perceptual(images_hat, images)` gives distances (B,). `discriminator` is the plain module, never
-    its engine. `mean_over_ranks` reduces a small tensor over the data-parallel ranks.
+    `perceptual(images_hat, images)` gives distances (B,). `discriminator` is the plain module,
+    never its engine. `mean_over_ranks` reduces a small tensor over the data-parallel ranks.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Objective:
 
     def _feature_loss(self, output: TrainingOutput, step: int, terms: dict[str, Tensor]) -> Tensor:
         config, vqrae = self.config, output.vqrae
-        loss = vqrae.vq_loss * 0  # as above
+        loss = vqrae.vq_loss * 0  # again, a gradient whatever is off
         if is_on(config.quantizer, step):
             terms["loss/quantizer"] = vqrae.vq_loss.detach()
             loss = loss + config.quantizer.weight * vqrae.vq_loss
@@ -150,7 +150,7 @@ class Objective:
 def discriminator_loss(
     discriminate: Callable[[Tensor], Tensor], images_B3HW: Tensor, images_hat_B3HW: Tensor
 ) -> DiscriminatorLoss:
-    """The discriminator's loss; `discriminate` is its engine, which sees real and fake in one go."""
+    """The discriminator's loss; `discriminate` is its engine, called once with real and fake."""
     real, fake = discriminate(torch.cat([images_B3HW, images_hat_B3HW])).chunk(2)
     total = adversarial.discriminator_loss(real, fake)
     right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
