@@ -1,4 +1,4 @@
-"""From a pydantic schema and a raw mapping to a checked section, or to one line that says what to do.
+"""A raw mapping against a pydantic schema: a checked section, or one line that says what to do.
 
 A mistake is named by the full dotted name of its key, with its value and the nearest valid name.
 """
@@ -19,7 +19,11 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 
 SIMILAR, EQUAL = 0.75, 1.0  # cutoffs of difflib: 0.75 finds a typo or two and a missing word
-SYNONYMS = {"learning_rate": "lr", "precision": "bf16"}  # words of other trainers, too far to find
+SYNONYMS = {  # words of other trainers, too far from ours to be found by their letters
+    "learning_rate": "lr",
+    "micro_batch_size": "train_micro_batch_size_per_gpu",
+    "precision": "bf16",
+}
 # What a value must be, by pydantic's type of error; braces are filled from the error's context.
 REQUIREMENTS = {
     "int_type": "a whole number",
@@ -28,16 +32,16 @@ REQUIREMENTS = {
     "finite_number": "finite",
     "bool_type": "true or false",
     "string_type": "text",
-    "string_too_short": "a text that is not empty",
+    "string_too_short": "text that is not empty",
     "list_type": "a list",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
     "dict_type": "a section",
     "literal_error": "{expected}",
-    "greater_than": "above {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "below {lt}",
-    "less_than_equal": "at most {le}",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
 }
 
 

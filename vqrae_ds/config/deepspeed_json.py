@@ -197,23 +197,28 @@ def get(section: Mapping[str, Any], name: str) -> Any:
 
 def _without(raw: Mapping[str, Any], allowed: Collection[str]) -> dict[str, Any]:
     """A copy without the allowed keys, each of which must be there and be untested."""
-    rest = copy.deepcopy(dict(raw))
+    rest, untested = copy.deepcopy(dict(raw)), _untested_names(raw)
     for name in allowed:
+        if name not in untested:
+            raise ValueError(
+                f"--allow-untested-key {name} names no untested key of the DeepSpeed JSON; "
+                f"it has {', '.join(untested) or 'none'}"
+            )
         parent, _, key = name.rpartition(".")
         section = get(rest, parent) if parent else rest
-        untested = [
-            k
-            for k in (section if isinstance(section, dict) else ())
-            if (f"{parent}.{k}" if parent else k) not in TESTED_NAMES
-        ]
-        if key not in untested or (parent and parent not in TESTED_NAMES):
-            near = nearest_name(key, untested)
-            raise ValueError(
-                f"--allow-untested-key {name} names no untested key of the DeepSpeed JSON"
-                + (f"; did you mean {parent + '.' if parent else ''}{near}?" if near else "")
-            )
         del section[key]
     return rest
+
+
+def _untested_names(raw: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Full names of the untested keys; what is inside of one goes with it."""
+    names = []
+    for key, value in raw.items():
+        if prefix + key not in TESTED_NAMES:
+            names.append(prefix + key)
+        elif isinstance(value, Mapping):
+            names += _untested_names(value, f"{prefix}{key}.")
+    return names
 
 
 def _divisors(number: int) -> set[int]:

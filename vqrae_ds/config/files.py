@@ -27,6 +27,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor(
     "tag:yaml.org,2002:map", lambda loader, node: _Pairs(loader.construct_pairs(node, deep=True))
 )
+# `<<` is a key like any other, so that nothing is set twice.
+_Loader.add_constructor("tag:yaml.org,2002:merge", yaml.SafeLoader.construct_yaml_str)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -36,12 +38,12 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(path: Path, name: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises `ValueError`; `name` is the setting that gave the path."""
-    return _read(path, name, lambda text: yaml.load(text, Loader=_Loader))
+    return _read(path, name, "YAML", lambda text: yaml.load(text, Loader=_Loader))
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file. Raises `ValueError`; `name` is the setting that gave the path."""
-    return _read(path, name, lambda text: json.loads(text, object_pairs_hook=_Pairs))
+    return _read(path, name, "JSON", lambda text: json.loads(text, object_pairs_hook=_Pairs))
 
 
 def parse_value(text: str) -> Any:
@@ -52,19 +54,20 @@ def parse_value(text: str) -> Any:
         raise ValueError(_explain(error)) from error
 
 
-def _read(path: Path, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _read(path: Path, name: str, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = _to_dicts(parse(path.read_text(encoding="utf-8")), "")
+        text = path.read_text(encoding="utf-8")
+        content = _to_dicts(parse(text), "") if text.strip() else None
     except OSError as error:
-        raise ValueError(f"{name} = {path}: {error.strerror.lower()}") from error
+        raise ValueError(f"{name}: {path}: {error.strerror.lower()}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} = {path}: {_explain(error)}") from error
+        raise ValueError(f"{name}: {path} is not valid {kind}: {_explain(error)}") from error
     except ValueError as error:
-        raise ValueError(f"{name} = {path}: {error}") from error
+        raise ValueError(f"{name}: {path} is not valid {kind}: {error}") from error
     if content is None:
-        raise ValueError(f"{name} = {path} is empty")
+        raise ValueError(f"{name}: {path} is empty")
     if not isinstance(content, dict):
-        raise ValueError(f"{name} = {path} must hold keys and values, not {show(content)}")
+        raise ValueError(f"{name}: {path} must hold keys and values, not {show(content)}")
     return content
 
 
@@ -77,7 +80,7 @@ def _to_dicts(value: Any, name: str) -> Any:
     result: dict[str, Any] = {}
     for key, item in value:
         if not isinstance(key, str) or not key or not key.isprintable():
-            raise ValueError(f"the key {show(key)} in {name or 'the file'} must be a name")
+            raise ValueError(f"the key {show(key)} in {name or 'the file'} must be printable text")
         full_name = f"{name}.{key}" if name else key
         item = _to_dicts(item, full_name)
         if key in result:

@@ -23,7 +23,7 @@ NormType = Literal["layer_norm", "rms_norm"]
 
 
 class DecoderConfig(Section):
-    """The ViT decoder. A field left out mirrors the encoder, which makes the tokenizer symmetric."""
+    """The ViT decoder. A field left out mirrors the encoder: the tokenizer is symmetric then."""
 
     hidden_size: Positive | None = None
     num_layers: Positive | None = None
@@ -48,7 +48,7 @@ class DecoderConfig(Section):
 
 
 class ModelConfig(Section):
-    """The tokenizer. `encoder_config_path` is a folder with the encoder's Hugging Face `config.json`.
+    """The tokenizer. `encoder_config_path` is a folder with a `config.json` of Hugging Face's layout.
 
     Once resolved (`resolve_model`) the encoder's configuration is inside instead of the path.
     """
@@ -79,7 +79,7 @@ class ModelConfig(Section):
         if self.encoder_config_path is not None and self.encoder_config is not None:
             raise ValueError(
                 f"encoder_config_path = {show(self.encoder_config_path)} is set, and so is "
-                "encoder_config: remove one of the two"
+                "model.encoder_config: remove one of the two"
             )
         return self
 

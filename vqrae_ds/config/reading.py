@@ -109,6 +109,9 @@ def _apply(raw_yaml: dict[str, Any], raw_json: dict[str, Any], override: str) ->
 
 
 def _describe_unknown_in_yaml(name: str) -> str:
+    section, _, key = name.rpartition(".")
+    if owner := deepspeed_json.OWNED_ELSEWHERE.get(key):
+        return f"is not a key of the YAML: {owner}"
     near = nearest_name(name, YAML_NAMES, TELLING_JSON_NAMES)
     if near in YAML_NAMES:
         return f"is not a key of the YAML; did you mean {near}?"
@@ -117,7 +120,7 @@ def _describe_unknown_in_yaml(name: str) -> str:
             f"is not a key of the YAML; it belongs in the DeepSpeed JSON as {near} "
             f"({DEEPSPEED_PREFIX}{near}=... on the command line)"
         )
-    return f"is not a key of the YAML; known: {list_keys(name.rpartition('.')[0], YAML_NAMES)}"
+    return f"is not a key of the YAML; known: {list_keys(section, YAML_NAMES)}"
 
 
 def _check_paths(config: TrainConfig) -> None:
@@ -147,8 +150,7 @@ def _check_same_model(config: TrainConfig) -> None:
     if config.init.model is None:
         return
     path = Path(config.init.model) / "config.json"
-    raw = read_json(path, "init.model")
-    model = resolve_model(check(ModelConfig, raw, prefix=f"init.model: {path}: "))
+    model = check(ModelConfig, read_json(path, "init.model"), prefix=f"init.model: {path}: ")
     theirs, ours = (dict(_leaves(m.model_dump(), "model")) for m in (model, config.model))
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):

@@ -41,7 +41,7 @@ class ReconstructionConfig(Section):
 
 
 class PerceptualConfig(Section):
-    """LPIPS with VGG16. `every_steps` > 1 evaluates it on every k-th step, with k times the weight."""
+    """LPIPS with VGG16. `every_steps` = k evaluates it on every k-th step, with k times the weight."""
 
     weight: Weight = 1.0
     start_step: NotNegative = 0
@@ -103,7 +103,7 @@ class DistillationConfig(Section):
 
 
 class LossConfig(Section):
-    """Every term with its weight and start step. An optional section set to null is switched off."""
+    """Every term with its weight and start step. null switches an optional one off."""
 
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     perceptual: PerceptualConfig | None = PerceptualConfig()

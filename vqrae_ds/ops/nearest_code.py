@@ -6,10 +6,12 @@ Shapes: N tokens, K codes, D dimensions; n and k count those of one tile.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE_TOKENS = 4096
 TILE_CODES = 4096
+BLOCK = 64  # codes that a matrix product takes together, at most
 
 
 @torch.no_grad()
@@ -28,6 +30,9 @@ def nearest_code(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
     for first_code in range(0, len(codes_KD), TILE_CODES):
         codes_kD = codes_KD[first_code : first_code + TILE_CODES].float() - origin_D
         half_norms_k = codes_kD.square().sum(1) / 2
+        if padding := -len(codes_kD) % BLOCK:  # equal codes tie only in blocks of equal size
+            codes_kD = F.pad(codes_kD, (0, 0, 0, padding))
+            half_norms_k = F.pad(half_norms_k, (0, padding), value=torch.inf)
         for first_token in range(0, len(z_ND), TILE_TOKENS):
             tile = slice(first_token, first_token + TILE_TOKENS)
             z_nD = z_ND[tile].float() - origin_D
