@@ -80,7 +80,7 @@ def test_ties_go_to_the_lowest_index(small_tiles: None) -> None:
 
 def test_a_repeated_code_is_never_found_twice(small_tiles: None) -> None:
     for K, D in ((10, 12), (37, 24), (50, 100)):
-        z_ND, codes_KD = make_inputs("random", 200, K, D)
+        z_ND, codes_KD = make_inputs("random", 30, K, D)
         assert nearest_code(z_ND, codes_KD.repeat(3, 1)).max() < K
 
 
@@ -102,7 +102,7 @@ def test_values_that_are_not_finite_find_a_code_all_the_same() -> None:
     z_ND, codes_KD = make_inputs("random", 6, 10, 4)
     z_ND[0, 0], z_ND[2, 1], z_ND[4, 2] = torch.nan, torch.inf, -torch.inf
     index_N = nearest_code(z_ND, codes_KD)
-    assert ((0 <= index_N) & (index_N < 10)).all()
+    assert ((index_N >= 0) & (index_N < 10)).all()
     finite = [1, 3, 5]
     assert torch.equal(index_N[finite], nearest_code(z_ND[finite], codes_KD))
 
@@ -142,7 +142,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(module, "TILE_TOKENS", 32)
     monkeypatch.setattr(module, "TILE_CODES", 64)
-    z_ND, codes_KD = (t.to(dtype) for t in make_inputs("random", 1000, 900, 16))
+    z_ND, codes_KD = (t.to(dtype) for t in make_inputs("random", 200, 300, 16))
     with LargestTensor() as largest:
         nearest_code(z_ND, codes_KD)
     assert largest.numel == 32 * 64

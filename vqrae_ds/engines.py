@@ -11,14 +11,17 @@ import contextlib
 import copy
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqrae_ds.config import LearningRateMultiplierConfig, Run, TrainConfig
@@ -61,6 +64,8 @@ def start(timeout: timedelta) -> Ranks:
         # The shared-memory op is compiled at first use, silently, and hangs on the lock of a
         # killed build. Plain gloo is as fast.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
@@ -83,16 +88,13 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     """The generator's engine. With `fill=False` the weights are left for a checkpoint to set."""
     config = run.config
+    attention = _attention(run)
     torch.manual_seed(config.run.seed)
     with _partitioned(run.deepspeed):
-        vqrae = VQRAE(
-            config=config.model, freeze_encoder=config.stage == 1, attention=_attention(run)
-        )
+        vqrae = VQRAE(config=config.model, freeze_encoder=config.stage == 1, attention=attention)
         teacher = None
         if config.losses.distillation is not None and config.losses.distillation.teacher.weight > 0:
-            teacher = ENCODERS[config.model.encoder_cls](
-                config.model.encoder_config, _attention(run)
-            )
+            teacher = ENCODERS[config.model.encoder_cls](config.model.encoder_config, attention)
         model = TrainingModel(vqrae, teacher)
     for buffer in floating_buffers(model):  # zero.Init built them in the parameters' dtype
         buffer.data = buffer.data.float()
@@ -230,11 +232,17 @@ def _broadcast(buffer: Tensor) -> None:
 
 
 def _load_discriminator(discriminator: nn.Module, folder: str) -> None:
-    """A discriminator that stage 1 trained goes on in stage 2."""
-    from safetensors.torch import load_file
-
-    path = f"{folder}/discriminator.safetensors"
-    discriminator.load_state_dict(load_file(path))
+    """A discriminator that stage 1 trained goes on in stage 2; without one it starts anew."""
+    path = Path(folder) / "discriminator.safetensors"
+    if not path.is_file():
+        logger.info("%s does not exist: the discriminator starts untrained", path)
+        return
+    try:
+        discriminator.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not fit losses.adversarial (channels, num_layers): {error}"
+        ) from error
 
 
 def _parameter_groups(

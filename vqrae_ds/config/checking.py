@@ -141,7 +141,7 @@ def _explain(
     start = f"{name} = {show(value)}"
     if kind == "extra_forbidden":
         if "." in error["loc"][-1]:
-            return f"{start} is one key with dots: in a file, write a section inside a section"
+            return f"{start} is one key with dots: in a file, write nested sections"
         return f"{start} {describe_unknown(name)}"
     if value == "auto":
         return f"{start} has no meaning outside the Hugging Face Trainer: give the value"

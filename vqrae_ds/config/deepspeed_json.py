@@ -113,7 +113,6 @@ class DeepSpeedJson(Section):
     zero_optimization: ZeroOptimization
 
 
-TESTED_NAMES = tuple(key_names(DeepSpeedJson))
 # Numbers that the YAML or the arithmetic owns.
 OWNED_ELSEWHERE = {
     "gradient_accumulation_steps": "it is derived: train_batch_size / (micro batch x ranks)",
@@ -147,13 +146,13 @@ def check_keys(
             raise ValueError(f"{name} = {show(value)} must not be in the DeepSpeed JSON: {owner}")
 
     def describe_untested(name: str) -> str:
-        near = nearest_name(name, TESTED_NAMES, yaml_names)
+        near = nearest_name(name, tested_names(), yaml_names)
+        in_yaml = " in the YAML" if near in yaml_names else ""
         start = "is an untested key of the DeepSpeed JSON;"
-        if near in yaml_names:
-            return f"{start} did you mean {near} in the YAML?"
-        if near:
-            return f"{start} did you mean {near}? (--allow-untested-key {name} lets it through)"
-        return f"{start} --allow-untested-key {name} lets it through"
+        way_out = f"--allow-untested-key {name} lets it through"
+        if near is None:
+            return f"{start} {way_out}"
+        return f"{start} did you mean {near}{in_yaml}? ({way_out})"
 
     check(
         DeepSpeedJson,
@@ -161,6 +160,11 @@ def check_keys(
         source="the DeepSpeed JSON",
         describe_unknown=describe_untested,
     )
+
+
+def tested_names() -> list[str]:
+    """All tested keys by their full dotted names, sections included."""
+    return key_names(DeepSpeedJson)
 
 
 def batch_arithmetic(deepspeed: Mapping[str, Any], world_size: int) -> BatchArithmetic:
@@ -211,10 +215,10 @@ def _without(raw: Mapping[str, Any], allowed: Collection[str]) -> dict[str, Any]
 
 
 def _untested_names(raw: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Full names of the untested keys; what is inside of one goes with it."""
-    names = []
+    """Full names of the untested keys; what is inside one goes with it."""
+    names, tested = [], tested_names()
     for key, value in raw.items():
-        if prefix + key not in TESTED_NAMES:
+        if prefix + key not in tested and "." not in key:
             names.append(prefix + key)
         elif isinstance(value, Mapping):
             names += _untested_names(value, f"{prefix}{key}.")

@@ -48,7 +48,7 @@ class DecoderConfig(Section):
 
 
 class ModelConfig(Section):
-    """The tokenizer. `encoder_config_path` is a folder with a `config.json` of Hugging Face's layout.
+    """The tokenizer. `encoder_config_path` is a folder with a `config.json`, Hugging Face's layout.
 
     Once resolved (`resolve_model`) the encoder's configuration is inside instead of the path.
     """

@@ -25,7 +25,7 @@ DEEPSPEED_PREFIX = "deepspeed."
 YAML_NAMES = key_names(TrainConfig)
 # `enabled` or `type` alone does not say that a key belongs in the DeepSpeed JSON.
 TELLING_JSON_NAMES = [
-    n for n in deepspeed_json.TESTED_NAMES if not n.endswith((".enabled", ".type", ".params"))
+    n for n in deepspeed_json.tested_names() if not n.endswith((".enabled", ".type", ".params"))
 ]
 
 

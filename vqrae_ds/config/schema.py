@@ -41,7 +41,7 @@ class ReconstructionConfig(Section):
 
 
 class PerceptualConfig(Section):
-    """LPIPS with VGG16. `every_steps` = k evaluates it on every k-th step, with k times the weight."""
+    """LPIPS with VGG16, evaluated on every `every_steps`-th step with as many times the weight."""
 
     weight: Weight = 1.0
     start_step: NotNegative = 0
