@@ -106,7 +106,10 @@ def test_without_qk_norm_there_is_none() -> None:
     assert not any("q_norm" in name or "k_norm" in name for name in bare.state_dict())
 
 
-def test_the_native_grid_gets_the_position_embedding_untouched() -> None:
+def test_the_native_grid_gets_the_position_embedding_untouched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(F, "interpolate", None)
     position = PositionEmbedding(SIDE, 24)
     x_BND = torch.zeros(2, 16, 24)
     assert torch.equal(position(x_BND, 4, 4), position.weight.expand(2, -1, -1))

@@ -120,7 +120,7 @@ class PositionEmbedding(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x_BND: Tensor, h: int, w: int) -> Tensor:
-        if (h, w) == (self.side, self.side):
+        if (h, w) == (self.side, self.side):  # bicubic would change no bit, but take time
             return x_BND + self.weight
         grid_1Dss = rearrange(self.weight.float(), "1 (s t) d -> 1 d s t", s=self.side)
         grid_1Dhw = F.interpolate(grid_1Dss, (h, w), mode="bicubic", align_corners=False)

@@ -19,8 +19,9 @@ def nearest_code(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
     """Indices (N,) int64 of the codes at the smallest L2 distance; ties go to the lowest index.
 
     Distances are fp32 whatever the inputs and the autocast: bf16 keeps 8 bits, and neighbouring
-    codes differ in fewer. Beyond inputs and result, memory is that of a tile. Where `z` is not
-    finite the index means nothing, but is one of the codebook.
+    codes differ in fewer. (TF32, if torch is told to use it, keeps no more than 11.) Beyond inputs
+    and result, memory is that of a tile. Where `z` is not finite the index means nothing, but is
+    one of the codebook.
     """
     # Moving everything by one code changes no distance, and takes out an offset that all share,
     # beside which fp32 would lose the differences.
@@ -29,10 +30,9 @@ def nearest_code(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
     index_N = torch.zeros(len(z_ND), dtype=torch.int64, device=z_ND.device)
     for first_code in range(0, len(codes_KD), TILE_CODES):
         codes_kD = codes_KD[first_code : first_code + TILE_CODES].float() - origin_D
-        half_norms_k = codes_kD.square().sum(1) / 2
         if padding := -len(codes_kD) % BLOCK:  # equal codes tie only in blocks of equal size
-            codes_kD = F.pad(codes_kD, (0, 0, 0, padding))
-            half_norms_k = F.pad(half_norms_k, (0, padding), value=torch.inf)
+            codes_kD = F.pad(codes_kD, (0, 0, 0, padding))  # with the origin: code 0 wins the tie
+        half_norms_k = codes_kD.square().sum(1) / 2
         for first_token in range(0, len(z_ND), TILE_TOKENS):
             tile = slice(first_token, first_token + TILE_TOKENS)
             z_nD = z_ND[tile].float() - origin_D
