@@ -125,6 +125,7 @@ def test_bfloat16_patches_are_compared_in_fp32() -> None:
     pixels = unpatchify(output.vqrae.patches_BhwP).float()
     assert torch.equal(loss.terms["loss/reconstruction"], F.mse_loss(pixels, IMAGES))
     assert {t.dtype for t in loss.terms.values()} == {torch.float32}
+    assert loss.images_hat_B3HW.dtype == torch.float32
     loss.surrogate.backward()
     assert model.vqrae.decoder.head.weight.grad.any()
 

@@ -15,6 +15,7 @@ from transformers import InternVLVisionConfig, InternVLVisionModel
 from tests.tiny import ENCODER, IMAGE_SIZE, MODEL, NUM_CODES, PATCH_SIZE, build_model
 from vqrae_ds import VQRAE
 from vqrae_ds.config import ModelConfig
+from vqrae_ds.models.training_model import TrainingModel
 
 
 def random_images(height: int = IMAGE_SIZE, width: int = IMAGE_SIZE, batch: int = 2) -> Tensor:
@@ -78,6 +79,16 @@ class TestWaysThrough:
         (output.vq_loss + output.patches_BhwP.square().sum()).backward()
         without = {n for n, p in trained.named_parameters() if p.grad is None}
         assert without == {"simvq.embedding.weight"}
+
+    def test_the_teacher_is_frozen_and_sees_the_same_images(self) -> None:
+        images = random_images().requires_grad_()
+        teacher = build_model(seed=1, freeze_encoder=False).encoder
+        model = TrainingModel(build_model(), teacher)
+        output = model(images)
+        assert torch.equal(output.teacher_features_BND, teacher(images))
+        assert not output.teacher_features_BND.requires_grad
+        assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
+        assert TrainingModel(build_model())(images).teacher_features_BND is None
 
     def test_encoding_to_indices_keeps_nothing_for_backward(self) -> None:
         model = build_model(freeze_encoder=False)
