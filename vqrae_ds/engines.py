@@ -164,7 +164,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def floating_buffers(module: nn.Module) -> list[Tensor]:
-    """Feature statistics and image means: they stay fp32 whatever the parameters are."""
+    """Feature statistics: they stay fp32 whatever the parameters are."""
     return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
 
 

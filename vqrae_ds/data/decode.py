@@ -144,7 +144,7 @@ def decode_sample(
 
 
 def load_image(path: Path, *, image_size: int) -> torch.Tensor:
-    """A picture's largest centre square, (3, S, S) in [0, 1]. Raises `ValueError` naming a bad file."""
+    """The largest centre square of a file, (3, S, S) in [0, 1]; `ValueError` names a bad file."""
     try:
         image = decode_image(path.read_bytes())
     except ValueError as error:
