@@ -2,7 +2,8 @@
 # The whole main job on real photographs, on one machine, with or without a GPU:
 #   stage 1 -> convert -> stage 2 -> convert -> reconstruct
 #   bash launchers/quickstart.sh
-# Run again, it goes on where it was interrupted; once finished, it only writes its report anew.
+# Run again, it goes on where it was interrupted; once finished, it trains no more but converts and
+# reports anew, in about two minutes.
 # To start over: rm -r runs/quickstart
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,7 +12,7 @@ OUT=${OUT:-runs/quickstart}                     # everything that is written goe
 LPIPS=${LPIPS:-.venv/lpips_vgg16.safetensors}   # real LPIPS weights, fetched once
 
 bash launchers/setup.sh
-python=.venv/bin/python
+python=.venv/bin/python                         # not .venv/bin/deepspeed: a space in a path breaks scripts
 export PATH="$PWD/.venv/bin:$PATH"              # the launcher looks for ninja there
 
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
@@ -29,7 +30,7 @@ train() {  # train CONFIG JSON [a.b=value ...]
     local config=$1 json=$2 port
     shift 2
     port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    .venv/bin/deepspeed --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "$port" \
+    "$python" -m deepspeed.launcher.runner --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "$port" \
         --log_level error --module vqrae_ds.train --config "$config" --deepspeed_config "$json" \
         data.train="$OUT/data/train" data.validation="$OUT/data/val" \
         losses.perceptual.weights="$LPIPS" "$@"

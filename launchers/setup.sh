@@ -18,11 +18,17 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     exit 2
 fi
 echo "setting up .venv (once; about 6 GB, most of it torch)"
-if [[ ! -x .venv/bin/pip ]]; then
+if [[ ! -x .venv/bin/python ]]; then
     "$PYTHON" -m venv .venv || {
         echo "error: $PYTHON cannot make a virtual environment (Debian: apt install python3-venv)" >&2
         exit 2
     }
 fi
-.venv/bin/pip install --quiet --disable-pip-version-check --editable ".${EXTRA:+[$EXTRA]}"
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+if [[ $EXTRA == gpu ]]; then
+    "${pip[@]}" --editable .
+    "${pip[@]}" --no-build-isolation --editable ".[gpu]"   # flash-attn builds against the torch above
+else
+    "${pip[@]}" --editable ".${EXTRA:+[$EXTRA]}"
+fi
 echo "$wanted" >"$READY"

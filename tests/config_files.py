@@ -29,7 +29,10 @@ DEEPSPEED = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_clipping": 1.0,
     "bf16": {"enabled": False},
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": 1e-3, "betas": [0.9, 0.95], "torch_adam": True},
+    },
     "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 50}},
     "zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8},
 }

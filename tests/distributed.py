@@ -5,15 +5,17 @@ Starting the ranks costs seconds (each imports DeepSpeed), so let one function d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch import nn
 
 # The default of 30 minutes would let one failed rank block its peers for that long.
 PROCESS_GROUP_TIMEOUT = timedelta(seconds=60)
@@ -78,3 +80,12 @@ def _run_rank(
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """The whole weights of a partitioned module on every rank, to read."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,7 @@ def test_resume_restores_both_engines_the_state_and_the_generator_of_random_numb
     expected = torch.rand(3)
     generator, discriminator = FileEngine(), FileEngine()
     assert checkpoint.find(run) == folder
-    state = checkpoint.resume(folder, run, generator, discriminator)
+    state = checkpoint.resume(folder, generator, discriminator)
     assert (state, generator.value, discriminator.value) == (TrainState(7, 28), 7, -7)
     assert torch.equal(torch.rand(3), expected)
 
@@ -83,17 +83,21 @@ def test_only_the_last_ones_are_kept(run):
     assert [folder.exists() for folder in folders] == [False, False, True, True]
 
 
+def test_damaged_later_ones_never_displace_the_one_just_written(run):
+    later = [save_at(run, step) for step in (30, 40)]
+    for folder in later:
+        (folder / "generator" / "state").write_text("damaged")
+    assert checkpoint.find(run) is None
+    again = [save_at(run, step) for step in (10, 20)]
+    assert [folder.exists() for folder in later + again] == [False, False, True, True]
+    assert checkpoint.find(run) == again[-1]
+
+
 def test_checkpoints_of_another_run_are_refused(run):
     folder = save_at(run, 1)
     other = run._replace(config=run.config.model_copy(update={"stage": 2}))
-    with pytest.raises(ValueError, match="other stage"):
-        checkpoint.resume(folder, other, FileEngine(), None)
-    (folder / "discriminator" / "state").unlink()
-    with pytest.raises(ValueError, match="holds no checkpoint of the discriminator"):
-        checkpoint.resume(folder, run, FileEngine(), FileEngine())
-
-
-def test_run_is_unchanged_by_saving(run):
-    before = copy.deepcopy(run.deepspeed)
-    save_at(run, 1)
-    assert run.deepspeed == before
+    with pytest.raises(ValueError, match="belongs to stage 1"):
+        checkpoint.find(other)
+    shutil.rmtree(folder / "discriminator")
+    with pytest.raises(ValueError, match="holds no discriminator: losses.adversarial was off"):
+        checkpoint.resume(folder, FileEngine(), FileEngine())

@@ -89,6 +89,33 @@ MISTAKES = [
     ("deepspeed.optimizer.type=Adamw", 'optimizer.type = "Adamw"', "must be 'AdamW' or 'SGD'"),
     ('deepspeed.bf16.enabled="yes"', 'bf16.enabled = "yes"', "must be true or false"),
     ("deepspeed.zero_optimization.stage=4", "zero_optimization.stage = 4", "must be at most 3"),
+    ("deepspeed.zero_optimization.stage=0", "zero_optimization.stage = 0", "must be at least 1"),
+    (
+        "-deepspeed.optimizer.params.torch_adam",
+        "optimizer.params.torch_adam must be true",
+        "is not tested here",
+    ),
+    (
+        "deepspeed.optimizer={type: SGD, params: {lr: 1}}",
+        "zero_allow_untested_optimizer must be true",
+        "optimizer.type = SGD",
+    ),
+    # Terms that a run is too short for.
+    (
+        "losses.adversarial={start_step: 100}",
+        "losses.adversarial.start_step = 100",
+        "is not below the 100 steps of the run",
+    ),
+    (
+        "losses.perceptual={start_step: 200}",
+        "losses.perceptual.start_step = 200",
+        "the term would never take part",
+    ),
+    (
+        "losses.adversarial={start_step: 60}",
+        "losses.adversarial: the discriminator trains for the last 40 steps",
+        "scheduler.params.warmup_num_steps = 50",
+    ),
     # What is missing, and what does not fit together.
     ("-data.train", "data.train is missing", "in the YAML"),
     ("-deepspeed.gradient_clipping", "gradient_clipping is missing", "in the DeepSpeed JSON"),

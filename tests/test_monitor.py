@@ -8,36 +8,46 @@ import math
 import pytest
 import torch
 
-from vqrae_ds.monitor import METRICS_FILE, CodeWindow, _drop_entries_after, read_metrics
+from vqrae_ds.monitor import (
+    METRICS_FILE,
+    CodeWindow,
+    _drop_entries_after,
+    perplexity,
+    read_metrics,
+    usage,
+)
 
 
-def counts(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+class Codes:
+    """The part of SimVQ that counts."""
+
+    def __init__(self) -> None:
+        self.code_counts = torch.zeros(4, dtype=torch.int64)
+
+    def use(self, *counts: int) -> Codes:
+        self.code_counts = torch.tensor(counts)
+        return self
+
+    def reset_codebook_usage(self) -> None:
+        self.code_counts.zero_()
 
 
-def test_usage_and_perplexity_of_what_is_in_the_window():
-    window = CodeWindow(tokens=100)
-    window.add(counts(50, 50, 0, 0))
-    assert window.usage() == 0.5
-    assert window.perplexity() == pytest.approx(2)
-    window.add(counts(0, 25, 25, 0))
-    assert window.usage() == 0.75
+def test_window_holds_the_last_steps_that_have_its_tokens():
+    window, codes = CodeWindow(tokens=150, tokens_per_step=100), Codes()
+    window.add_step(codes.use(100, 0, 0, 0))
+    assert codes.code_counts.sum() == 0, "each step starts anew"
+    assert window.counts().tolist() == [100, 0, 0, 0]
+    window.add_step(codes.use(0, 100, 0, 0))
+    assert window.counts().tolist() == [100, 100, 0, 0], "one step alone would be too few"
+    window.add_step(codes.use(0, 60, 40, 0))
+    assert window.counts().tolist() == [0, 160, 40, 0]
 
 
-def test_intervals_fall_out_only_while_the_rest_still_fills_the_window():
-    window = CodeWindow(tokens=100)
-    window.add(counts(60, 0))
-    window.add(counts(0, 60))
-    assert window.usage() == 1, "60 tokens alone would be too few"
-    window.add(counts(0, 60))
-    assert window.usage() == 0.5, "the last two intervals hold 120 tokens"
-
-
-def test_perplexity_of_uneven_use_is_between_one_and_all():
-    window = CodeWindow(tokens=10)
-    window.add(counts(9, 1, 0))
+def test_usage_and_perplexity():
+    assert usage(torch.tensor([50.0, 50.0, 0.0, 0.0])) == 0.5
+    assert perplexity(torch.tensor([50.0, 50.0, 0.0, 0.0])) == pytest.approx(2)
     entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
-    assert window.perplexity() == pytest.approx(math.exp(entropy))
+    assert perplexity(torch.tensor([9.0, 1.0, 0.0])) == pytest.approx(math.exp(entropy))
 
 
 def test_entries_after_the_resumed_step_and_a_torn_line_are_dropped(tmp_path):

@@ -1,4 +1,4 @@
-"""SimVQ against the textbook formula, and the four verification tests of the specification."""
+"""SimVQ against the textbook formula, and four facts that define the quantiser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def textbook(simvq: SimVQ, z_BND: Tensor) -> tuple[Tensor, Tensor]:
     return q_BND, to_code + beta * to_z if simvq.legacy else beta * to_code + to_z
 
 
-class TestSpecification:
+class TestDefinition:
     """Document 003, "Verification Tests"."""
 
     def test_1_frozen_codebook(self) -> None:

@@ -150,7 +150,7 @@ class TestWaysThrough:
 
 
 class TestConstruction:
-    """The constructor of the specification."""
+    """The constructor with the encoder's folder."""
 
     @pytest.fixture
     def encoder_folder(self, tmp_path: Path) -> Path:

@@ -26,13 +26,15 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of tools/convert_checkpoint.py")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="where to run (default here: %(default)s)")
     args = parser.parse_args()
-    model = VQRAE.from_pretrained(args.model)
+    model = VQRAE.from_pretrained(args.model).to(args.device)
     size = model.config.image_size
     # Each picture's largest centre square, resized to the side that the model was trained at.
     images_B3HW = torch.stack([load_image(path, image_size=size) for path in args.images])
     with torch.no_grad():
-        indices_Bhw = model.encode_to_indices(images_B3HW)
+        indices_Bhw = model.encode_to_indices(images_B3HW.to(args.device))
         images_hat_B3HW = model.decode_from_indices(indices_Bhw)
     save_grid(image_grid([images_B3HW, images_hat_B3HW], min_side=256), args.out)
     h, w = indices_Bhw.shape[1:]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,70 +70,88 @@ def save(run: Run, generator: Any, discriminator: Any, state: TrainState) -> Pat
             folder,
             manifest.Manifest(state.step, run.config.stage, dist.get_world_size(), versions, files),
         )
-        _remove_old(folder.parent, run.config.checkpoint.keep_last)
+        _remove_old(folder, run.config.checkpoint.keep_last)
     dist.barrier()
     logger.info("checkpoint %s", folder)
     return folder
 
 
 def find(run: Run) -> Path | None:
-    """The newest intact checkpoint of the run, the same on every rank; None for a fresh start."""
-    found: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        found = [_newest_intact(Path(run.config.run.output_dir) / "checkpoints")]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    """The newest intact checkpoint of the run, the same on every rank; None for a fresh start.
+
+    The ranks share the reading. Raises `ValueError` on every rank, before anything is built, where
+    the newest one belongs to the other stage or to another number of ranks.
+    """
+    checkpoints = Path(run.config.run.output_dir) / "checkpoints"
+    for folder in _from_rank_0(lambda: manifest.complete_steps(checkpoints)):
+        found = _from_rank_0(lambda folder=folder: manifest.read_manifest(folder))
+        mine = dict(list(found.files.items())[dist.get_rank() :: dist.get_world_size()])
+        damage = _gather(manifest.find_damage(folder, found._replace(files=mine)))
+        if not any(damage):
+            _check_fits(folder, found, run)
+            return folder
+        logger.warning("passing over %s: %s", folder, "; ".join(sum(damage, [])))
+    return None
 
 
-def resume(folder: Path, run: Run, generator: Any, discriminator: Any) -> TrainState:
-    """Load everything that `save` wrote. Raises `ValueError` for another run's checkpoint."""
-    world_size = manifest.read_manifest(folder).world_size
-    if world_size != dist.get_world_size():
-        raise ValueError(
-            f"{folder} was written by {world_size} ranks and this run has {dist.get_world_size()}: "
-            "start with the same number"
-        )
-    saved = json.loads((folder / TRAINER_STATE).read_text())
-    if saved.pop("stage") != run.config.stage:
-        raise ValueError(
-            f"{folder} belongs to the other stage: give run.output_dir a folder of its own"
-        )
+def resume(folder: Path, generator: Any, discriminator: Any) -> TrainState:
+    """Load everything that `save` wrote into engines of the same configuration."""
     _load(generator, folder, GENERATOR)
     if discriminator is not None:
         _load(discriminator, folder, DISCRIMINATOR)
     _set_random_state(torch.load(_random_file(folder), weights_only=True))
+    saved = json.loads((folder / TRAINER_STATE).read_text())
     logger.info("resumed from %s", folder)
-    return TrainState(**saved)
+    return TrainState(saved["step"], saved["samples"])
+
+
+def _check_fits(folder: Path, found: manifest.Manifest, run: Run) -> None:
+    if found.stage != run.config.stage:
+        raise ValueError(f"run.output_dir: {folder} belongs to stage {found.stage}: choose another")
+    if found.world_size != dist.get_world_size():
+        raise ValueError(
+            f"{folder} was written by {found.world_size} ranks and this run has "
+            f"{dist.get_world_size()}: start with the same number"
+        )
 
 
 def _load(engine: Any, folder: Path, tag: str) -> None:
+    if not (folder / tag).is_dir():
+        raise ValueError(f"{folder} holds no {tag}: losses.adversarial was off when it was written")
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
-    if path is None:  # how DeepSpeed says that there is no such checkpoint
-        raise ValueError(f"{folder / tag} holds no checkpoint of the {tag}")
+    assert path is not None, "DeepSpeed's way of saying that there is nothing to load"
 
 
-def _newest_intact(checkpoints: Path) -> Path | None:
-    for folder in manifest.complete_steps(checkpoints):
-        damage = manifest.find_damage(folder, manifest.read_manifest(folder))
-        if not damage:
-            return folder
-        logger.warning("passing over %s: %s", folder, "; ".join(damage))
-    return None
-
-
-def _remove_old(checkpoints: Path, keep_last: int) -> None:
-    for folder in manifest.complete_steps(checkpoints)[keep_last:]:
+def _remove_old(newest: Path, keep_last: int) -> None:
+    """Keep `newest`, just written, and some before it; any beyond it had been found damaged."""
+    complete = manifest.complete_steps(newest.parent)
+    position = complete.index(newest)
+    for folder in complete[:position] + complete[position + keep_last :]:
         # Without its manifest it does not exist any more, however far the rest gets.
         (folder / manifest.MANIFEST_NAME).unlink()
         shutil.rmtree(folder)
 
 
 def _hash_together(folder: Path) -> dict[str, manifest.FileRecord]:
-    """Each rank hashes its share of the files."""
-    mine = manifest.list_files(folder)[dist.get_rank() :: dist.get_world_size()]
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, {name: manifest.hash_file(folder / name) for name in mine})
+    """Each rank hashes its share of the files; a shared file system may list them differently."""
+    names = _from_rank_0(lambda: manifest.list_files(folder))
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    shares = _gather({name: manifest.hash_file(folder / name) for name in mine})
     return {name: record for share in shares for name, record in share.items()}
+
+
+def _from_rank_0(make: Callable[[], Any]) -> Any:
+    """What `make` gives on rank 0, on every rank."""
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made, src=0)
+    return made[0]
+
+
+def _gather(mine: Any) -> list[Any]:
+    """The objects of all ranks, in their order."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def _random_file(folder: Path) -> Path:

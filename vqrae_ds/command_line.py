@@ -1,15 +1,24 @@
-"""How a tool ends: a user's mistake is one line on stderr and exit status 2, and no traceback."""
+"""How a command ends: a user's mistake is one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 def run_tool(main: Callable[[], None]) -> None:
     """Run `main`; if it raises `ValueError` or cannot use a path, say so and exit with status 2."""
     try:
         main()
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except USER_ERRORS as error:
+        exit_with(error)
+
+
+def exit_with(error: Exception, *, silent: bool = False) -> NoReturn:
+    """Say what is wrong, unless a peer says the same, and exit with status 2."""
+    if not silent:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+    sys.exit(2)

@@ -2,7 +2,7 @@
 
 The generator engine holds the tokenizer (and the teacher) under the ZeRO stage of the JSON; the
 discriminator has a small engine of its own under ZeRO-1. Weights are filled in before
-`deepspeed.initialize`, module by module, so that no process ever holds the whole model.
+`deepspeed.initialize`, module by module, so that under ZeRO-3 no process holds the whole model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_set_full_fp32_param
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -60,17 +60,30 @@ def start(timeout: timedelta) -> Ranks:
 
     A peer that is gone ends the run after `timeout`.
     """
-    if not torch.cuda.is_available():
+    on_gpu = _on_gpu()
+    if not on_gpu:
         # The shared-memory op is compiled at first use, silently, and hangs on the lock of a
         # killed build. Plain gloo is as fast.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" not in os.environ:
+        raise ValueError("start it with the launcher: deepspeed --module vqrae_ds.train ...")
+    backend = "nccl" if on_gpu else "gloo"
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     device = torch.device(deepspeed.get_accelerator().current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def learning_rates(
+    generator: DeepSpeedEngine, discriminator: DeepSpeedEngine | None
+) -> dict[str, float]:
+    """The learning rate of each part, as the next step will use it."""
+    rates = {group["part"]: group["lr"] for group in generator.optimizer.param_groups}
+    if discriminator is not None:
+        rates["discriminator"] = discriminator.optimizer.param_groups[0]["lr"]
+    return rates
 
 
 def stop() -> None:
@@ -96,19 +109,20 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
         if config.losses.distillation is not None and config.losses.distillation.teacher.weight > 0:
             teacher = ENCODERS[config.model.encoder_cls](config.model.encoder_config, attention)
         model = TrainingModel(vqrae, teacher)
-    for buffer in floating_buffers(model):  # zero.Init built them in the parameters' dtype
-        buffer.data = buffer.data.float()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():  # zero.Init built them in the parameters' dtype
+            buffer.data = buffer.data.float()
+    sources = _sources(model, config) if fill else {}
     if fill:
-        fill_weights(model, _sources(model, config))
+        fill_weights(model, sources)
     groups = _parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
-    fp32 = [buffer.clone() for buffer in floating_buffers(model)]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
-    for buffer, exact in zip(floating_buffers(model), fp32, strict=True):  # cast below ZeRO-3
-        buffer.data = exact.to(buffer.device)
+    if _is_bf16(run):
+        _set_masters(engine, sources)
     return engine
 
 
-def build_discriminator(run: Run) -> DeepSpeedEngine | None:
+def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | None:
     """The discriminator's engine, or None where the recipe has no GAN.
 
     It shares batch, optimizer, clipping and precision of the JSON; its schedule starts with it.
@@ -124,7 +138,7 @@ def build_discriminator(run: Run) -> DeepSpeedEngine | None:
         deepspeed_config["scheduler"]["params"]["total_num_steps"] = max(steps, 1)
     torch.manual_seed(run.config.run.seed + 1)
     discriminator = PatchDiscriminator(gan.channels, gan.num_layers)
-    if run.config.init.model is not None:
+    if fill and run.config.init.model is not None:
         _load_discriminator(discriminator, run.config.init.model)
     engine, *_ = deepspeed.initialize(
         model=discriminator,
@@ -156,16 +170,21 @@ def fill_weights(model: TrainingModel, sources: dict[str, Source]) -> None:
             _broadcast(buffer)
 
 
-@contextlib.contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """The whole weights of `module` on every rank, to read."""
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        yield
+def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:
+    """DeepSpeed makes the fp32 masters of the bf16 parameters: give them back what was rounded."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad and name in sources:
+            value = sources[name].folder.read(sources[name].name)
+            safe_set_full_fp32_param(parameter, value.float().to(engine.device))
 
 
-def floating_buffers(module: nn.Module) -> list[Tensor]:
-    """Feature statistics: they stay fp32 whatever the parameters are."""
-    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+def _is_bf16(run: Run) -> bool:
+    return run.deepspeed.get("bf16", {}).get("enabled", False)
+
+
+def _on_gpu() -> bool:
+    """DeepSpeed decides: DS_ACCELERATOR=cpu keeps a GPU machine on its CPUs."""
+    return deepspeed.get_accelerator().device_name() == "cuda"
 
 
 def _partitioned(deepspeed_config: dict[str, Any]) -> contextlib.AbstractContextManager:
@@ -175,15 +194,14 @@ def _partitioned(deepspeed_config: dict[str, Any]) -> contextlib.AbstractContext
 
 
 def _attention(run: Run) -> str:
-    bf16 = run.deepspeed.get("bf16", {}).get("enabled", False)
-    if torch.cuda.is_available() and bf16 and importlib.util.find_spec("flash_attn") is not None:
+    if not (_on_gpu() and _is_bf16(run)):
+        reason = "flash attention needs CUDA and bf16"
+    elif importlib.util.find_spec("flash_attn") is None:
+        reason = "flash-attn is not installed"
+    else:
+        logger.info("attention of the encoder: flash_attention_2")
         return "flash_attention_2"
-    reason = (
-        "flash-attn is not installed"
-        if torch.cuda.is_available() and bf16
-        else "needs CUDA and bf16"
-    )
-    logger.info("attention of the encoder: sdpa (flash attention: %s)", reason)
+    logger.info("attention of the encoder: sdpa (%s)", reason)
     return "sdpa"
 
 
@@ -258,7 +276,8 @@ def _parameter_groups(
             groups.setdefault((part, decays), []).append(parameter)
     built = []
     for (part, decays), parameters in groups.items():
-        group = {"params": parameters, "lr": optimizer_params["lr"] * getattr(multiplier, part)}
+        rate = optimizer_params["lr"] * getattr(multiplier, part)
+        group = {"params": parameters, "lr": rate, "part": part}
         if not decays:
             group["weight_decay"] = 0.0
         built.append(group)

@@ -1,15 +1,18 @@
 """What a run shows: a line with the time left, `metrics.jsonl`, TensorBoard, and image grids.
 
 Between logged steps nothing is reduced and nothing is read back from the device. A logged step has
-one fused reduction: the sums of all terms since the last one, and how often each code was used.
+one fused reduction: the means of all terms since the last one, and how often each code was used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import time
 from collections import deque
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from vqrae_ds.config import Run
 from vqrae_ds.evaluation.metrics import Validation
 from vqrae_ds.evaluation.report import image_grid, save_grid
+from vqrae_ds.models.simvq import SimVQ
 
 logger = logging.getLogger(__name__)
 
@@ -36,25 +40,32 @@ SHOWN = {
 
 
 class CodeWindow:
-    """How often each code was used over about the last `tokens` tokens."""
+    """How often each code was used by this rank over the last steps, those that hold `tokens`.
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens, self._counts_K = tokens, deque()
+    The counts of each step are kept, on the device, so that the window ends on the very step.
+    """
 
-    def add(self, counts_K: Tensor) -> None:
-        """Add the counts of one interval; whole intervals fall out at the other end."""
-        self._counts_K.append(counts_K)
-        while sum(c.sum() for c in self._counts_K) - self._counts_K[0].sum() >= self.tokens:
-            self._counts_K.popleft()
+    def __init__(self, tokens: int, tokens_per_step: int) -> None:
+        self._counts_K: deque[Tensor] = deque(maxlen=-(-tokens // tokens_per_step))
 
-    def usage(self) -> float:
-        """Fraction of codes used in the window, 0..1."""
-        return (sum(self._counts_K) > 0).double().mean().item()
+    def add_step(self, simvq: SimVQ) -> None:
+        """Take over the counts of one step; those of the oldest fall out at the other end."""
+        self._counts_K.append(simvq.code_counts.clone())
+        simvq.reset_codebook_usage()
 
-    def perplexity(self) -> float:
-        """exp of the entropy of the code distribution: the number of codes, were all used alike."""
-        p_K = sum(self._counts_K) / sum(self._counts_K).sum()
-        return torch.special.entr(p_K).sum().exp().item()
+    def counts(self) -> Tensor:
+        """(K,) float64: how often each code was used in the window."""
+        return torch.stack(tuple(self._counts_K)).sum(0).double()
+
+
+def usage(counts_K: Tensor) -> float:
+    """Fraction of codes used, 0..1."""
+    return (counts_K > 0).double().mean().item()
+
+
+def perplexity(counts_K: Tensor) -> float:
+    """exp of the entropy of the code distribution: the number of codes, were all used alike."""
+    return torch.special.entr(counts_K / counts_K.sum()).sum().exp().item()
 
 
 class _Progress(NamedTuple):
@@ -71,10 +82,15 @@ class Monitor:
     def __init__(self, run: Run, step: int) -> None:
         config = run.config
         self.run, self.folder = run, Path(config.run.output_dir)
-        self.window = CodeWindow(config.monitor.usage_window_tokens)
+        tokens_an_image = (config.model.image_size // config.model.patch_size) ** 2
+        self.window = CodeWindow(
+            config.monitor.usage_window_tokens,
+            run.schedule.batch.global_batch * tokens_an_image,
+        )
         self._sums: dict[str, Tensor] = {}
         self._numbers: dict[str, int] = {}
         self._last = _Progress(time.monotonic(), step)
+        self._paused_seconds = 0.0
         self._writer = None
         if dist.get_rank() == 0:
             _drop_entries_after(self.folder / METRICS_FILE, step)
@@ -86,28 +102,30 @@ class Monitor:
             self._sums[name] = self._sums.get(name, 0) + value
             self._numbers[name] = self._numbers.get(name, 0) + 1
 
-    def log(self, step: int, samples: int, learning_rate: float, simvq: Any) -> dict[str, float]:
+    def log(self, step: int, samples: int, learning_rates: dict[str, float]) -> dict[str, float]:
         """Reduce, reset and write what was added since the last call; every rank calls it."""
         names = sorted(self._sums)
         means = [self._sums[name].double() / self._numbers[name] for name in names]
-        fused = torch.cat([torch.stack(means), simvq.code_counts.double()])
+        fused = torch.cat([torch.stack(means), self.window.counts()])
         dist.all_reduce(fused)
         fused = fused.cpu()
-        self.window.add(fused[len(names) :])
-        entry = dict(
-            zip(names, (fused[: len(names)] / dist.get_world_size()).tolist(), strict=True)
-        )
-        entry |= {
-            "codebook/usage": self.window.usage(),
-            "codebook/perplexity": self.window.perplexity(),
-            "optim/learning_rate": learning_rate,
-        } | self._speed(step)
+        values, counts_K = fused[: len(names)] / dist.get_world_size(), fused[len(names) :]
+        entry = dict(zip(names, values.tolist(), strict=True))
+        entry |= {"codebook/usage": usage(counts_K), "codebook/perplexity": perplexity(counts_K)}
+        entry |= {f"optim/learning_rate_{part}": rate for part, rate in learning_rates.items()}
+        entry |= self._speed(step)
         self._sums.clear()
         self._numbers.clear()
-        simvq.reset_codebook_usage()
         self._write(step, {"samples": samples, **entry})
         self._show(step, entry)
         return entry
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        start = time.monotonic()
+        yield
+        self._paused_seconds += time.monotonic() - start
 
     def log_validation(self, step: int, validation: Validation) -> None:
         """Write the figures and the grid originals | reconstructions."""
@@ -128,8 +146,9 @@ class Monitor:
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.monotonic()
-        steps, seconds = step - self._last.step, max(now - self._last.time, 1e-9)
-        self._last = _Progress(now, step)
+        steps = step - self._last.step
+        seconds = max(now - self._last.time - self._paused_seconds, 1e-9)
+        self._last, self._paused_seconds = _Progress(now, step), 0.0
         batch = self.run.schedule.batch
         speed = {
             "perf/seconds_per_step": seconds / max(steps, 1),
@@ -162,13 +181,16 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 def _drop_entries_after(path: Path, step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # the line that the kill cut short
-                continue
-            if entry["step"] <= step:
-                kept.append(line + "\n")
-        path.write_text("".join(kept))
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # the line that a kill cut short
+            continue
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")  # a kill in here must not lose the rest
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

@@ -22,15 +22,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 
+from vqrae_ds import __version__
+from vqrae_ds.command_line import USER_ERRORS, exit_with
 from vqrae_ds.config import Run, describe, parse_command_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vqrae_ds.checkpoint import TrainState
     from vqrae_ds.data.index import ShardIndex
     from vqrae_ds.data.stream import Batch
     from vqrae_ds.engines import DeepSpeedEngine, Ranks
     from vqrae_ds.losses.objective import Objective
     from vqrae_ds.losses.perceptual import PerceptualLoss
+    from vqrae_ds.monitor import Monitor
 
 logger = logging.getLogger("vqrae_ds.train")
 
@@ -50,17 +55,20 @@ class Setup(NamedTuple):
 
 def main() -> None:
     """Check, prepare, train. A user's mistake is one line and exit status 2."""
+    rank = int(os.environ.get("RANK", "0"))
     try:
         run, dry_run = parse_command_line()
-        if dry_run:
-            sys.stdout.write(describe(run) + "\n")
-            return
+    except ValueError as error:  # the same on every rank: one of them says it
+        exit_with(error, silent=rank != 0)
+    if dry_run:
+        sys.stdout.write(describe(run) + "\n")
+        return
+    _configure_logging(rank)
+    try:
         setup = prepare(run)
-    except ValueError as error:
-        logger.debug("the mistake was found here", exc_info=True)
-        rank = os.environ.get("RANK", "0")
-        sys.stderr.write(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}\n")
-        sys.exit(2)
+    except USER_ERRORS as error:
+        logger.debug("the mistake was found here", exc_info=True)  # VQRAE_LOG_LEVEL=DEBUG shows it
+        exit_with(error)
     train(run, setup)
 
 
@@ -78,8 +86,14 @@ def prepare(run: Run) -> Setup:
 
     config = run.config
     ranks = engines.start(timedelta(minutes=config.run.collective_timeout_minutes))
-    _configure_logging(ranks.rank)
+    if ranks.rank == 0:
+        _record(run)
     index = read_index(Path(config.data.train))
+    if config.data.samples_per_epoch not in (None, index.num_samples):
+        logger.warning(
+            "data.samples_per_epoch is %d, and %s has %d samples: epochs count the former",
+            *(config.data.samples_per_epoch, config.data.train, index.num_samples),
+        )
     validation = config.data.validation
     validation_index = None if validation is None else read_index(Path(validation))
     perceptual = None
@@ -90,10 +104,10 @@ def prepare(run: Run) -> Setup:
     # Where to start: 1. a checkpoint of the run, 2. init.model, 3. init.encoder_weights, 4. random.
     folder = checkpoint.find(run)
     generator = engines.build_generator(run, fill=folder is None)
-    discriminator = engines.build_discriminator(run)
+    discriminator = engines.build_discriminator(run, fill=folder is None)
     state = checkpoint.TrainState()
     if folder is not None:
-        state = checkpoint.resume(folder, run, generator, discriminator)
+        state = checkpoint.resume(folder, generator, discriminator)
     elif config.stage == 1 and config.init.model is None and config.run.calibration_images > 0:
         images = _training_batches(run, ranks, index, start=0)
         calibrate(generator, images, config.run.calibration_images, ranks.device)
@@ -102,8 +116,6 @@ def prepare(run: Run) -> Setup:
         config.losses, perceptual, discriminator and discriminator.module, engines.mean_over_ranks
     )
     batches = _training_batches(run, ranks, index, start=state.samples)
-    if ranks.rank == 0:
-        _record(run)
     return Setup(
         ranks, generator, discriminator, objective, perceptual, batches, validation_index, state
     )
@@ -112,50 +124,57 @@ def prepare(run: Run) -> Setup:
 def train(run: Run, setup: Setup) -> None:
     """The loop: from `setup.state` to the last step."""
     from vqrae_ds import checkpoint, engines
-    from vqrae_ds.data.stream import evaluation_batches
-    from vqrae_ds.evaluation.metrics import validate
-    from vqrae_ds.losses.objective import discriminator_loss
     from vqrae_ds.monitor import Monitor
 
     config, (sizes, total_steps) = run.config, run.schedule
-    ranks, generator, discriminator, objective, perceptual, batches, validation_index, state = setup
+    generator, discriminator, state = setup.generator, setup.discriminator, setup.state
     monitor = Monitor(run, state.step)
     while state.step < total_steps:
         for _ in range(sizes.accumulation):
-            images = next(batches).images_B3HW.to(ranks.device, non_blocking=True)
-            loss = objective.generator(generator(images), images, state.step)
-            generator.backward(loss.surrogate)
-            generator.step()  # the optimizer's step comes with the last micro batch
-            monitor.add(loss.terms)
-            if objective.trains_discriminator(state.step):
-                verdict = discriminator_loss(discriminator, images, loss.images_hat_B3HW)
-                discriminator.backward(verdict.total)
-                discriminator.step()
-                monitor.add(verdict.terms)
+            images = next(setup.batches).images_B3HW.to(setup.ranks.device, non_blocking=True)
+            terms = micro_step(generator, discriminator, setup.objective, images, state.step)
+            monitor.add(terms)
+        monitor.window.add_step(generator.module.vqrae.simvq)
         state = checkpoint.TrainState(state.step + 1, state.samples + sizes.global_batch)
 
         if is_due(state.step, config.monitor.log_every_steps, total_steps):
-            simvq, rate = generator.module.vqrae.simvq, generator.get_lr()[0]
-            entry = monitor.log(state.step, state.samples, rate, simvq)
-            if not math.isfinite(entry["loss/total"]):  # the same number on every rank
-                raise FloatingPointError(f"the loss is {entry['loss/total']} at step {state.step}")
-        if validation_index is not None and is_due(
-            state.step, config.monitor.validate_every_steps, total_steps
-        ):
-            held_out = evaluation_batches(
-                validation_index,
-                image_size=config.model.image_size,
-                batch_size=sizes.micro_batch,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-            )
-            validation = validate(generator, held_out, perceptual, ranks.device)
-            monitor.log_validation(state.step, validation)
-        if is_due(state.step, config.checkpoint.every_steps, total_steps):
-            checkpoint.save(run, generator, discriminator, state)
+            rates = engines.learning_rates(generator, discriminator)
+            entry = monitor.log(state.step, state.samples, rates)
+            for name in ("loss/total", "gan/discriminator"):
+                if not math.isfinite(entry.get(name, 0.0)):  # the same number on every rank
+                    raise FloatingPointError(f"{name} is {entry[name]} at step {state.step}")
+        with monitor.paused():
+            if is_due(state.step, config.monitor.validate_every_steps, total_steps):
+                _validate(run, setup, monitor, state.step)
+            if is_due(state.step, config.checkpoint.every_steps, total_steps):
+                checkpoint.save(run, generator, discriminator, state)
     monitor.close()
     logger.info("done: %d steps, %s", state.step, config.run.output_dir)
     engines.stop()
+
+
+def micro_step(
+    generator: DeepSpeedEngine,
+    discriminator: DeepSpeedEngine | None,
+    objective: Objective,
+    images_B3HW: Tensor,
+    step: int,
+) -> dict[str, Tensor]:
+    """Both backwards of one micro batch; with the last one of a step come the optimizers' steps.
+
+    Returns the terms of the losses, detached.
+    """
+    from vqrae_ds.losses.objective import discriminator_loss
+
+    loss = objective.generator(generator(images_B3HW), images_B3HW, step)
+    generator.backward(loss.surrogate)
+    generator.step()
+    if not objective.trains_discriminator(step):
+        return loss.terms
+    verdict = discriminator_loss(discriminator, images_B3HW, loss.images_hat_B3HW)
+    discriminator.backward(verdict.total)
+    discriminator.step()
+    return loss.terms | verdict.terms
 
 
 def is_due(step: int, every: int, total: int) -> bool:
@@ -185,9 +204,27 @@ def _training_batches(run: Run, ranks: Ranks, index: ShardIndex, *, start: int) 
     )
 
 
+def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
+    from vqrae_ds.data.stream import evaluation_batches
+    from vqrae_ds.evaluation.metrics import validate
+
+    if setup.validation_index is None:
+        return
+    batches = evaluation_batches(
+        setup.validation_index,
+        image_size=run.config.model.image_size,
+        batch_size=run.schedule.batch.micro_batch,
+        rank=setup.ranks.rank,
+        world_size=setup.ranks.world_size,
+    )
+    validation = validate(setup.generator, batches, setup.perceptual, setup.ranks.device)
+    monitor.log_validation(step, validation)
+
+
 def _configure_logging(rank: int) -> None:
+    level = os.environ.get("VQRAE_LOG_LEVEL", "INFO" if rank == 0 else "ERROR")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-    logging.getLogger("vqrae_ds").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logging.getLogger("vqrae_ds").setLevel(level)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # warns of what is meant to be
 
 
@@ -197,12 +234,12 @@ def _record(run: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(), sort_keys=False))
     (folder / "deepspeed.json").write_text(json.dumps(run.deepspeed, indent=2) + "\n")
-    packages = ("vqrae_ds", "torch", "deepspeed", "transformers", "numpy", "pillow", "webdataset")
+    packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "webdataset")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "ranks": run.schedule.batch.world_size,
-        "packages": {package: version(package) for package in packages},
+        "packages": {"vqrae_ds": __version__} | {name: version(name) for name in packages},
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed import run_ranks
+from tests.distributed import gathered, run_ranks
 from tests.tiny import DEEPSPEED, GAN, images_of, make_run, save_initial
 from vqrae_ds.config import Run, deepspeed_json
 
@@ -24,6 +24,7 @@ EVERY_KEY = {  # each key that config/deepspeed_json.py calls tested, `momentum`
     "gradient_clipping": 0.5,
     "zero_allow_untested_optimizer": True,
     "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
     "optimizer": {
         "type": "AdamW",
         "params": {
@@ -61,27 +62,24 @@ MOMENTUM = {"optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}
 def steps_of(rank: int, run: Run) -> list[float]:
     """The total losses of a few steps of the trainer; they are the same program at every stage."""
     from vqrae_ds import engines
-    from vqrae_ds.losses.objective import Objective, discriminator_loss
+    from vqrae_ds.losses.objective import Objective
+    from vqrae_ds.train import micro_step
 
     generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
     objective = Objective(run.config.losses, None, discriminator.module, engines.mean_over_ranks)
     losses = []
     for step in range(STEPS):
-        images = images_of(step, rank)
-        loss = objective.generator(generator(images), images, step)
-        generator.backward(loss.surrogate)
-        generator.step()
-        verdict = discriminator_loss(discriminator, images, loss.images_hat_B3HW)
-        discriminator.backward(verdict.total)
-        discriminator.step()
-        losses.append(loss.total.item())
+        terms = micro_step(generator, discriminator, objective, images_of(step, rank), step)
+        losses.append(terms["loss/total"].item())
     return losses
 
 
 def run_everything(rank: int, folder: Path) -> None:
+    from deepspeed.utils import safe_get_full_fp32_param
+
     from vqrae_ds import engines
 
-    variants = {f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2)}
+    variants = {f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in (1, 2)}
     variants |= {"zero3": {}, "bf16": {"bf16": {"enabled": True}}}
     variants |= {"every_key": EVERY_KEY, "momentum": MOMENTUM}
     losses = {}
@@ -96,13 +94,17 @@ def run_everything(rank: int, folder: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     weights = load_file(mine / "initial" / "model.safetensors")
     assert torch.equal(model.vqrae.standardize.mean, weights["standardize.mean"]), "kept in fp32"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            master = safe_get_full_fp32_param(parameter)
+            assert torch.equal(master, weights[name.removeprefix("vqrae.")]), f"{name} was rounded"
     codebook = model.vqrae.simvq.embedding.weight
-    with engines.gathered(model):
+    with gathered(model):
         assert torch.equal(codebook, weights["simvq.embedding.weight"].bfloat16())
 
     untrained = {"init": {"model": None, "allow_untrained_encoder": True}}
     model = engines.build_generator(make_run(mine, 1, losses=LOSSES, **untrained)).module
-    with engines.gathered(model):
+    with gathered(model):
         state = {n: t.clone() for n, t in model.state_dict().items()}
     assert all(t.isfinite().all() for t in state.values())
     assert math.isclose(state["vqrae.simvq.embedding.weight"].std(), 16**-0.5, rel_tol=0.1)
@@ -126,7 +128,7 @@ def losses(folder) -> dict[str, list[float]]:
     return json.loads((folder / "losses0.json").read_text())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_every_zero_stage_takes_the_same_steps(losses, stage):
     assert losses[f"zero{stage}"] == pytest.approx(losses["zero3"], rel=1e-6)
 

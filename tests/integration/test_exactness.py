@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from tests.distributed import run_ranks
+from tests.distributed import gathered, run_ranks
 from tests.tiny import GAN, build_model, images_of, make_run, save_initial
 from vqrae_ds.config import Run
 from vqrae_ds.losses.perceptual import PerceptualLoss
@@ -91,7 +91,8 @@ def train_with_engines(rank: int, run: Run, lpips: Path, result: Path) -> None:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from vqrae_ds import engines
-    from vqrae_ds.losses.objective import Objective, discriminator_loss
+    from vqrae_ds.losses.objective import Objective
+    from vqrae_ds.train import micro_step
 
     generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
     objective = Objective(
@@ -104,23 +105,21 @@ def train_with_engines(rank: int, run: Run, lpips: Path, result: Path) -> None:
     assert weight.numel() == 0, "the head's weight is partitioned"
     trainable = {n: p for n, p in generator.module.named_parameters() if p.requires_grad}
     losses, gradients = [], []
+    take_step = generator.step
+
+    def record_and_step() -> None:
+        if generator.is_gradient_accumulation_boundary():
+            gradients.append({n: safe_get_full_grad(p).clone() for n, p in trainable.items()})
+        take_step()
+
+    generator.step = record_and_step
     for step in range(STEPS):
         for micro in range(run.schedule.batch.accumulation):
             images = images_of(10 * step + micro, rank, MICRO_BATCH)
-            loss = objective.generator(generator(images), images, step)
-            generator.backward(loss.surrogate)
-            if generator.is_gradient_accumulation_boundary():
-                gradients.append({n: safe_get_full_grad(p).clone() for n, p in trainable.items()})
-            generator.step()
-            terms = dict(loss.terms)
-            if objective.trains_discriminator(step):
-                verdict = discriminator_loss(discriminator, images, loss.images_hat_B3HW)
-                discriminator.backward(verdict.total)
-                discriminator.step()
-                terms["loss/discriminator"] = verdict.total.detach()
+            terms = micro_step(generator, discriminator, objective, images, step)
             losses.append({name: value.item() for name, value in terms.items()})
     weights = {n: safe_get_full_fp32_param(p).clone() for n, p in trainable.items()}
-    with engines.gathered(generator.module):
+    with gathered(generator.module):
         frozen = {
             n: p.detach().clone()
             for n, p in generator.module.named_parameters()
@@ -180,7 +179,7 @@ def reference(folder: Path, setting: Setting, lpips: Path):
                         share,
                     )
                     terms["gan/adaptive_weight"] = adaptive.item()
-                    terms["loss/discriminator"] = hinge.item()
+                    terms["gan/discriminator"] = hinge.item()
                 if stage == 2:
                     quantized = F.mse_loss(output.code_BNE, output.z_BNE.detach())
                     kept = F.mse_loss(output.features_BND, teacher(x))
@@ -229,6 +228,20 @@ def relative_difference(ours: dict, theirs: dict) -> float:
     return (difference / sum(t.double().square().sum() for t in theirs.values())).sqrt().item()
 
 
+def largest_difference(ours: dict, theirs: dict) -> float:
+    """The worst |ours - theirs| / |theirs| of one tensor.
+
+    The norm of a tensor is taken as at least a thousandth of all together: a gradient that is zero
+    but for rounding has no relative precision.
+    """
+    assert ours.keys() == theirs.keys()
+    floor = 1e-3 * torch.stack([t.norm() for t in theirs.values()]).norm()
+    return max(
+        ((ours[n] - theirs[n]).norm() / torch.maximum(theirs[n].norm(), floor)).item()
+        for n in theirs
+    )
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, lpips_weights) -> Path:
     folder = tmp_path_factory.mktemp("exactness")
@@ -249,7 +262,7 @@ def test_steps_equal_single_process(trained, lpips_weights, setting):
                 assert mine[name] == pytest.approx(expected, rel=1e-6), name
         for step in range(STEPS):
             if setting.optimizer == "SGD" or step == 0:
-                assert relative_difference(ours["gradients"][step], gradients[step]) < 1e-5
+                assert largest_difference(ours["gradients"][step], gradients[step]) < 1e-5
         if setting.optimizer == "SGD":
             assert relative_difference(ours["weights"], weights) < 1e-6
             if setting.gan:

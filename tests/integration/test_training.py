@@ -55,7 +55,7 @@ def command(folder: Path, stage: int, *overrides: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
     return [
         *launcher,
         *("--master_addr", "127.0.0.1", "--master_port", str(port), "--module", "vqrae_ds.train"),
@@ -108,7 +108,7 @@ def train_until_killed(folder: Path, stage: int, run_folder: Path) -> None:
 
 def write_configs(folder: Path, lpips: Path) -> None:
     losses = {"perceptual": {"weight": 0.1, "every_steps": 2, "weights": str(lpips)}}
-    gan = {"weight": 0.1, "discriminator_start_step": 3, "start_step": 5, **GAN}
+    gan = {"weight": 0.1, "discriminator_start_step": 9, "start_step": 10, **GAN}
     base = {
         "model": {**MODEL, "encoder_config_path": str(folder / "encoder")},
         "data": {
@@ -207,7 +207,7 @@ def reconstruct_with_engines(rank: int, chain: Chain) -> None:
         generator = engines.build_generator(run, fill=not resumes)
         if resumes:
             discriminator = engines.build_discriminator(run)
-            checkpoint.resume(checkpoint.find(run), run, generator, discriminator)
+            checkpoint.resume(checkpoint.find(run), generator, discriminator)
         generator.eval()
         with torch.no_grad():
             reconstruction = generator(images).vqrae.reconstruction

@@ -58,6 +58,10 @@ class Optimizer(Section):
                 raise ValueError(
                     f"params.{key} = {value} is no parameter of {self.type}: remove it"
                 )
+        if self.type == "AdamW" and not self.params.torch_adam:
+            raise ValueError(
+                "params.torch_adam must be true: the compiled AdamW is not tested here"
+            )
         return self
 
 
@@ -86,10 +90,17 @@ class Bf16(Section):
     enabled: bool
 
 
+class DataTypes(Section):
+    """In what gradients are accumulated. DeepSpeed takes the parameters' type if left out: with
+    bf16 and many micro batches the small ones are lost."""
+
+    grad_accum_dtype: Literal["fp32", "bf16"]
+
+
 class ZeroOptimization(Section):
     """Sizes are numbers of elements."""
 
-    stage: Annotated[int, Field(ge=0, le=3)]
+    stage: Annotated[int, Field(ge=1, le=3)]  # 0 writes files that no converter here reads
     overlap_comm: bool = LEFT_OUT
     contiguous_gradients: bool = LEFT_OUT
     reduce_bucket_size: Count = LEFT_OUT
@@ -110,7 +121,17 @@ class DeepSpeedJson(Section):
     optimizer: Optimizer
     scheduler: Scheduler = LEFT_OUT
     bf16: Bf16 = LEFT_OUT
+    data_types: DataTypes = LEFT_OUT
     zero_optimization: ZeroOptimization
+
+    @model_validator(mode="after")
+    def _sgd_is_allowed(self) -> DeepSpeedJson:
+        if self.optimizer.type == "SGD" and not self.zero_allow_untested_optimizer:
+            raise ValueError(
+                "zero_allow_untested_optimizer must be true with optimizer.type = SGD: "
+                "DeepSpeed refuses it under ZeRO otherwise"
+            )
+        return self
 
 
 # Numbers that the YAML or the arithmetic owns.

@@ -18,7 +18,7 @@ from vqrae_ds.config import deepspeed_json
 from vqrae_ds.config.checking import check, key_names, list_keys, nearest_name, show
 from vqrae_ds.config.files import parse_value, read_json, read_yaml
 from vqrae_ds.config.model import ModelConfig, resolve_model
-from vqrae_ds.config.schema import TrainConfig
+from vqrae_ds.config.schema import LossConfig, TrainConfig
 
 DEEPSPEED_PREFIX = "deepspeed."
 
@@ -133,6 +133,8 @@ def _check_paths(config: TrainConfig) -> None:
         ("init.encoder_weights", config.init.encoder_weights, "a folder with safetensors"),
     )
     for name, path, kind in folders:
+        if name.startswith("init.") and _has_checkpoint(config):
+            continue
         if path is not None and not os.path.isdir(path):
             problem = "is not" if os.path.exists(path) else "does not exist; it must be"
             raise ValueError(f"{name} = {show(path)} {problem} {kind}")
@@ -145,9 +147,14 @@ def _check_paths(config: TrainConfig) -> None:
         raise ValueError(f"run.output_dir = {show(config.run.output_dir)} is not a folder")
 
 
+def _has_checkpoint(config: TrainConfig) -> bool:
+    """A run that resumes needs the folders of its first weights no more."""
+    return any(Path(config.run.output_dir).glob("checkpoints/step_*/manifest.json"))
+
+
 def _check_same_model(config: TrainConfig) -> None:
     """Weights of another architecture are refused here, not after hours in the queue."""
-    if config.init.model is None:
+    if config.init.model is None or _has_checkpoint(config):
         return
     path = Path(config.init.model) / "config.json"
     model = check(ModelConfig, read_json(path, "init.model"), prefix=f"init.model: {path}: ")
@@ -186,7 +193,34 @@ def _schedule(config: TrainConfig, raw_json: Mapping[str, Any], world_size: int)
             f"scheduler.params.warmup_num_steps = {warmup} is not below the {steps} steps of the "
             "run (run.total_steps, or run.epochs x data.samples_per_epoch / train_batch_size)"
         )
+    _check_starts(config.losses, steps, warmup or 0)
     return Schedule(batch, steps)
+
+
+def _check_starts(losses: LossConfig, steps: int, warmup: int) -> None:
+    """A term that would never be reached is a mistake, most often of a run made shorter."""
+    distillation = losses.distillation
+    terms = {
+        "reconstruction": losses.reconstruction,
+        "perceptual": losses.perceptual,
+        "quantizer": losses.quantizer,
+        "adversarial": losses.adversarial,
+        "distillation.quantized": distillation and distillation.quantized,
+        "distillation.teacher": distillation and distillation.teacher,
+    }
+    for name, term in terms.items():
+        if term is not None and term.weight > 0 and term.start_step >= steps:
+            raise ValueError(
+                f"losses.{name}.start_step = {term.start_step} is not below the {steps} steps of "
+                "the run: the term would never take part"
+            )
+    gan = losses.adversarial
+    if gan is not None and gan.weight > 0 and warmup >= steps - gan.first_discriminator_step:
+        raise ValueError(
+            f"losses.adversarial: the discriminator trains for the last "
+            f"{steps - gan.first_discriminator_step} steps and would never end its warm-up "
+            f"(scheduler.params.warmup_num_steps = {warmup})"
+        )
 
 
 def _complete(raw_json: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:

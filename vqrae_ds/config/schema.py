@@ -198,7 +198,7 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _stage_defaults(cls, raw: Any) -> Any:
-        """The specification's recipe: GAN in stage 1, both distillation terms in stage 2."""
+        """The default recipe: GAN in stage 1, both distillation terms in stage 2."""
         if not isinstance(raw, dict) or not isinstance(raw.get("losses", {}), dict):
             return raw
         if raw.get("stage") not in (1, 2):

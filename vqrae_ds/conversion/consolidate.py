@@ -88,6 +88,7 @@ def consolidate(
     checkpoint, output = Path(checkpoint), Path(output)
     if output.exists():
         raise ValueError(f"{output} exists already: remove it or choose another name")
+    _check_request(to, dtype)
     _check_intact(checkpoint, read_manifest(checkpoint))
     weights = _select_weights(checkpoint, to, dtype)
     total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
@@ -145,10 +146,7 @@ def _check_intact(checkpoint: Path, manifest: Manifest) -> None:
         raise ValueError(f"{checkpoint} is damaged: {'; '.join(damage)}")
 
 
-def _select_weights(
-    checkpoint: Path, to: Target, dtype: torch.dtype
-) -> dict[str, list[StreamedTensor]]:
-    """What is written under which file stem, in the order of the checkpoint."""
+def _check_request(to: Target, dtype: torch.dtype) -> None:
     if to not in get_args(Target):
         raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(get_args(Target))}")
     if dtype not in _DTYPES.values():
@@ -157,6 +155,12 @@ def _select_weights(
         raise ValueError(
             f"stage2 keeps the fp32 masters to train on from: {dtype} is for inference"
         )
+
+
+def _select_weights(
+    checkpoint: Path, to: Target, dtype: torch.dtype
+) -> dict[str, list[StreamedTensor]]:
+    """What is written under which file stem, in the order of the checkpoint."""
     cast = dtype if to == "inference" else None
     generator = ZeroCheckpoint(checkpoint / "generator")
     weights: dict[str, list[StreamedTensor]] = {"model": []}

@@ -53,10 +53,10 @@ def validate(
         output = engine(images)
         images_hat = output.vqrae.reconstruction
         first = first or (images, images_hat)
-        weight_B = batch.is_real_B.to(device, torch.float64)
-        num_images += weight_B.sum()
+        is_real_B = batch.is_real_B.to(device)  # the others fill up the batch and count for nothing
+        num_images += is_real_B.sum()
         for name, value_B in _figures(output, images_hat, images, perceptual):
-            sums[name] = sums.get(name, 0) + (value_B.double() * weight_B).sum()
+            sums[name] = sums.get(name, 0) + value_B[is_real_B].double().sum()
     engine.train()
     simvq.code_counts.copy_(counts_before)
     assert first is not None, "the validation set is empty"

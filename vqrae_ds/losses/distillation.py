@@ -1,6 +1,6 @@
 """The two terms of self-distillation in stage 2.
 
-The specification's term draws the projected code towards the continuous feature. It is taken before
+The quantised term draws the projected code towards the continuous feature. It is taken before
 the straight-through step: after it, its gradient would be the exact opposite of the commitment
 term's. There it trains the projection and cannot hold the encoder, so the paper's term
 (arXiv:2511.23386, eq. 5) stands beside it: the un-quantised features stay near those of a frozen

@@ -1,0 +1,96 @@
+"""What is measured over ranks: two ranks with different images give the figures of all together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distributed import run_ranks
+from tests.tiny import build_model, images_of, make_run, save_initial
+from vqrae_ds.calibration import calibrate
+from vqrae_ds.data.stream import Batch, EvaluationBatch
+from vqrae_ds.evaluation.metrics import psnr, validate
+from vqrae_ds.models.training_model import TrainingModel
+from vqrae_ds.monitor import Monitor, read_metrics
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+TRUE, FALSE = torch.tensor([True, True]), torch.tensor([True, False])
+
+
+class PlainEngine(nn.Module):
+    """What a DeepSpeed engine looks like from outside; each rank holds the whole model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images):
+        return self.module(images)
+
+
+def measure(rank: int, folder: Path) -> None:
+    model = TrainingModel(build_model())
+    images = images_of(0, rank)
+    calibrate(PlainEngine(model), [Batch(images, [])], num_images=4, device=CPU)
+    batch = EvaluationBatch(images, TRUE if rank == 0 else FALSE, [])
+    validation = validate(PlainEngine(model), [batch], None, CPU)
+
+    run = make_run(folder / f"rank{rank}", 1, run={"output_dir": str(folder / "run")})
+    monitor = Monitor(run, step=0)
+    monitor.add({"loss/total": torch.tensor(1.0 + rank)})
+    monitor.add({"loss/total": torch.tensor(2.0 + rank), "loss/perceptual": torch.tensor(0.5)})
+    simvq = model.vqrae.simvq
+    simvq.code_counts[2 * rank : 2 * rank + 3] = 5
+    monitor.window.add_step(simvq)
+    entry = monitor.log(1, 4, {"decoder": 0.1})
+    monitor.close()
+    statistics = (model.vqrae.standardize.mean, model.vqrae.standardize.std)
+    torch.save((validation.figures, entry, *statistics), folder / f"measured{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reductions")
+    for rank in range(2):
+        (folder / f"rank{rank}").mkdir()
+        save_initial(folder / f"rank{rank}" / "initial")
+    run_ranks(2, measure, folder)
+    ranks = [torch.load(folder / f"measured{rank}.pt", weights_only=True) for rank in range(2)]
+    return folder, ranks
+
+
+def test_calibration_is_that_of_all_images(measured):
+    _, ranks = measured
+    model = build_model()
+    with torch.no_grad():
+        features = model.encode(torch.cat([images_of(0, 0), images_of(0, 1)])).double()
+    for _, _, mean, std in ranks:
+        assert torch.allclose(mean.double(), features.mean((0, 1)), atol=1e-6)
+        assert torch.allclose(std.double(), features.std((0, 1), correction=0), rtol=1e-5)
+    assert torch.equal(ranks[0][2], ranks[1][2]) and torch.equal(ranks[0][3], ranks[1][3])
+
+
+def test_validation_counts_each_image_of_each_rank_once(measured):
+    _, ranks = measured
+    model = build_model().eval()
+    model.standardize.mean, model.standardize.std = ranks[0][2:]
+    images = torch.cat([images_of(0, 0), images_of(0, 1)[:1]])
+    with torch.no_grad():
+        expected = psnr(model(images).reconstruction, images).mean().item()
+    for figures, *_ in ranks:
+        assert figures["validation/psnr"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_logged_figures_are_means_over_ranks_and_micro_batches(measured):
+    folder, ranks = measured
+    for _, entry, *_ in ranks:
+        assert entry["loss/total"] == pytest.approx((1 + 2 + 2 + 3) / 4)
+        assert entry["loss/perceptual"] == 0.5
+        assert entry["codebook/usage"] == 5 / 64, "codes 0-2 on one rank, 2-4 on the other"
+    written = read_metrics(folder / "run")
+    assert [(e["step"], e["loss/total"]) for e in written] == [(1, 2.0)], "one rank writes"
