@@ -9,7 +9,7 @@ EXTRA=${1:-}
 PYTHON=${PYTHON:-python3}
 READY=.venv/.ready${EXTRA:+-$EXTRA}
 
-wanted=$(cat requirements.txt pyproject.toml | cksum)
+wanted=$(cat requirements.txt pyproject.toml <(pwd) | cksum)   # a moved checkout is set up anew
 if [[ -f $READY && $(cat "$READY") == "$wanted" ]]; then
     exit 0
 fi
@@ -18,8 +18,8 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     exit 2
 fi
 echo "setting up .venv (once; about 6 GB, most of it torch)"
-if [[ ! -x .venv/bin/python ]]; then
-    "$PYTHON" -m venv .venv || {
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then   # none yet, or only half of one
+    "$PYTHON" -m venv --clear .venv || {
         echo "error: $PYTHON cannot make a virtual environment (Debian: apt install python3-venv)" >&2
         exit 2
     }

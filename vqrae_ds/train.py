@@ -8,11 +8,13 @@ What is due after it, in this order: log, validation, checkpoint. The same comma
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -55,15 +57,14 @@ class Setup(NamedTuple):
 
 def main() -> None:
     """Check, prepare, train. A user's mistake is one line and exit status 2."""
-    rank = int(os.environ.get("RANK", "0"))
     try:
         run, dry_run = parse_command_line()
-    except ValueError as error:  # the same on every rank: one of them says it
-        exit_with(error, silent=rank != 0)
+    except ValueError as error:  # the same on every rank of a node: one of them says it
+        exit_with(error, silent=os.environ.get("LOCAL_RANK", "0") != "0")
     if dry_run:
         sys.stdout.write(describe(run) + "\n")
         return
-    _configure_logging(rank)
+    _configure_logging(rank=int(os.environ.get("RANK", "0")))
     try:
         setup = prepare(run)
     except USER_ERRORS as error:
@@ -86,8 +87,6 @@ def prepare(run: Run) -> Setup:
 
     config = run.config
     ranks = engines.start(timedelta(minutes=config.run.collective_timeout_minutes))
-    if ranks.rank == 0:
-        _record(run)
     index = read_index(Path(config.data.train))
     if config.data.samples_per_epoch not in (None, index.num_samples):
         logger.warning(
@@ -103,6 +102,8 @@ def prepare(run: Run) -> Setup:
 
     # Where to start: 1. a checkpoint of the run, 2. init.model, 3. init.encoder_weights, 4. random.
     folder = checkpoint.find(run)
+    if ranks.rank == 0:
+        _record(run)
     generator = engines.build_generator(run, fill=folder is None)
     discriminator = engines.build_discriminator(run, fill=folder is None)
     state = checkpoint.TrainState()
@@ -236,12 +237,21 @@ def _record(run: Run) -> None:
     (folder / "deepspeed.json").write_text(json.dumps(run.deepspeed, indent=2) + "\n")
     packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "webdataset")
     environment = {
+        "revision": _revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "ranks": run.schedule.batch.world_size,
         "packages": {"vqrae_ds": __version__} | {name: version(name) for name in packages},
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def _revision() -> str | None:
+    """The commit of the code, where it is run from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return None
 
 
 if __name__ == "__main__":
