@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import nn
 
-from tests.tiny import IMAGE_SIZE, build_model, images_of
+from tests.tiny import IMAGE_SIZE, PlainEngine, build_model, images_of
 from vqrae_ds.calibration import calibrate
 from vqrae_ds.data.stream import Batch, EvaluationBatch
 from vqrae_ds.evaluation.metrics import mean_colour, psnr, validate
@@ -22,17 +21,6 @@ from vqrae_ds.evaluation.summary import summarize_run
 from vqrae_ds.models.training_model import TrainingModel
 
 CPU = torch.device("cpu")
-
-
-class PlainEngine(nn.Module):
-    """What a DeepSpeed engine looks like from outside."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, images):
-        return self.module(images)
 
 
 @pytest.fixture

@@ -8,12 +8,11 @@ import math
 import pytest
 import torch
 
+from vqrae_ds.evaluation.summary import METRICS_FILE, read_metrics
 from vqrae_ds.monitor import (
-    METRICS_FILE,
     CodeWindow,
     _drop_entries_after,
     perplexity,
-    read_metrics,
     usage,
 )
 

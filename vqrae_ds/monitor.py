@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,11 @@ from torch.utils.tensorboard import SummaryWriter
 from vqrae_ds.config import Run
 from vqrae_ds.evaluation.metrics import Validation
 from vqrae_ds.evaluation.report import image_grid, save_grid
+from vqrae_ds.evaluation.summary import METRICS_FILE
 from vqrae_ds.models.simvq import SimVQ
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 SHOWN = {
     "loss/total": "loss",
     "loss/reconstruction": "rec",
@@ -172,11 +172,6 @@ class Monitor:
         shown = "  ".join(f"{short} {entry[k]:.4g}" for k, short in SHOWN.items() if k in entry)
         speed = entry["perf/images_per_second"]
         logger.info("step %d/%d  %s  %.1f img/s  %s left", step, total, shown, speed, left)
-
-
-def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """All entries of a run's `metrics.jsonl`, in order."""
-    return [json.loads(line) for line in (run_folder / METRICS_FILE).read_text().splitlines()]
 
 
 def _drop_entries_after(path: Path, step: int) -> None:

@@ -6,31 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from tests.distributed import run_ranks
-from tests.tiny import build_model, images_of, make_run, save_initial
+from tests.tiny import PlainEngine, build_model, images_of, make_run, save_initial
 from vqrae_ds.calibration import calibrate
 from vqrae_ds.data.stream import Batch, EvaluationBatch
 from vqrae_ds.evaluation.metrics import psnr, validate
+from vqrae_ds.evaluation.summary import read_metrics
 from vqrae_ds.models.training_model import TrainingModel
-from vqrae_ds.monitor import Monitor, read_metrics
+from vqrae_ds.monitor import Monitor
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 TRUE, FALSE = torch.tensor([True, True]), torch.tensor([True, False])
-
-
-class PlainEngine(nn.Module):
-    """What a DeepSpeed engine looks like from outside; each rank holds the whole model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, images):
-        return self.module(images)
 
 
 def measure(rank: int, folder: Path) -> None:

@@ -26,7 +26,7 @@ from vqrae_ds.config import read_run
 from vqrae_ds.conversion.consolidate import consolidate, find_step_folder
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.data.index import find_images, write_shards
-from vqrae_ds.monitor import read_metrics
+from vqrae_ds.evaluation.summary import read_metrics
 
 pytestmark = pytest.mark.slow
 

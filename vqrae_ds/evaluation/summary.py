@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vqrae_ds.monitor import read_metrics
+METRICS_FILE = "metrics.jsonl"
 
 
 class RunSummary(NamedTuple):
@@ -37,3 +38,8 @@ def summarize_run(folder: Path) -> RunSummary:
     }
     known = {name: value for name, value in figures.items() if value is not None}
     return RunSummary(known, validation["validation/baseline_psnr"])
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """All entries of a run's `metrics.jsonl`, in order."""
+    return [json.loads(line) for line in (run_folder / METRICS_FILE).read_text().splitlines()]
