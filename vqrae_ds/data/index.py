@@ -47,7 +47,7 @@ class Sample(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """One tar file and its n images in file order, as columns: a billion objects would not fit."""
+    """One tar file and its n images in file order, as columns: an object each would not do."""
 
     file: str
     size: int  # bytes
