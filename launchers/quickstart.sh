@@ -2,8 +2,8 @@
 # The whole main job on real photographs, on one machine, with or without a GPU:
 #   stage 1 -> convert -> stage 2 -> convert -> reconstruct
 #   bash launchers/quickstart.sh
-# Run again, it goes on where it was interrupted; once finished, it trains no more but converts and
-# reports anew, in about two minutes.
+# Interrupted and run again, it goes on from its last checkpoint (every 200 steps); once finished, it
+# trains no more but converts and reports anew, in half a minute.
 # To start over: rm -r runs/quickstart
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

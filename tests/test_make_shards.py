@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from tests.conftest import run_python
 from vqrae_ds.command_line import run_tool
 from vqrae_ds.data import index as index_module
 from vqrae_ds.data.index import INDEX_NAME, ShardIndex, find_images, read_index, write_shards
@@ -215,3 +216,14 @@ def test_run_tool_lets_success_and_our_own_bugs_through() -> None:
 
 def _broken() -> None:
     raise AssertionError("a bug")
+
+
+def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "text.jpg").write_text("not a picture")
+    done = run_python("tools/make_shards.py", str(tmp_path / "images"), str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: take out what no training could read: ")
+    assert "text.jpg: cannot decode the image: it is no JPEG, PNG or WebP" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

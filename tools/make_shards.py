@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vqrae_ds.command_line import run_tool
+from vqrae_ds.data.decode import broken_images
 from vqrae_ds.data.index import find_images, index_shards, write_shards
 
 USAGE = """\
@@ -61,8 +62,14 @@ def main() -> None:
     else:
         if arguments.images is None:
             raise ValueError(f"only one folder ({arguments.output}) is named: give IMAGES and OUT")
+        images = find_images(arguments.images)
+        if broken := broken_images(images):
+            more = f" | and {len(broken) - 3} more" if len(broken) > 3 else ""
+            raise ValueError(
+                f"take out what no training could read: {' | '.join(broken[:3])}{more}"
+            )
         index = write_shards(
-            find_images(arguments.images),
+            images,
             arguments.output,
             samples_per_shard=arguments.samples_per_shard,
             root=arguments.images,

@@ -29,6 +29,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="where to run (default here: %(default)s)")
     args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no CUDA device here; use cpu")
     model = VQRAE.from_pretrained(args.model).to(args.device)
     size = model.config.image_size
     # Each picture's largest centre square, resized to the side that the model was trained at.

@@ -20,5 +20,8 @@ def run_tool(main: Callable[[], None]) -> None:
 def exit_with(error: Exception, *, silent: bool = False) -> NoReturn:
     """Say what is wrong, unless a peer says the same, and exit with status 2."""
     if not silent:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        message = str(error).strip()
+        if "Original Traceback" in message:  # how torch passes on what went wrong in a worker
+            message = message.splitlines()[-1].partition(": ")[2]
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(2)

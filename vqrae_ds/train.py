@@ -87,6 +87,7 @@ def prepare(run: Run) -> Setup:
 
     config = run.config
     ranks = engines.start(timedelta(minutes=config.run.collective_timeout_minutes))
+    Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
     index = read_index(Path(config.data.train))
     if config.data.samples_per_epoch not in (None, index.num_samples):
         logger.warning(
@@ -102,8 +103,6 @@ def prepare(run: Run) -> Setup:
 
     # Where to start: 1. a checkpoint of the run, 2. init.model, 3. init.encoder_weights, 4. random.
     folder = checkpoint.find(run)
-    if ranks.rank == 0:
-        _record(run)
     generator = engines.build_generator(run, fill=folder is None)
     discriminator = engines.build_discriminator(run, fill=folder is None)
     state = checkpoint.TrainState()
@@ -129,6 +128,8 @@ def train(run: Run, setup: Setup) -> None:
 
     config, (sizes, total_steps) = run.config, run.schedule
     generator, discriminator, state = setup.generator, setup.discriminator, setup.state
+    if setup.ranks.rank == 0 and state.step < total_steps:
+        _record(run)
     monitor = Monitor(run, state.step)
     while state.step < total_steps:
         for _ in range(sizes.accumulation):
@@ -232,7 +233,6 @@ def _configure_logging(rank: int) -> None:
 def _record(run: Run) -> None:
     """The run folder explains itself: both files as resolved, and what it runs on."""
     folder = Path(run.config.run.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(), sort_keys=False))
     (folder / "deepspeed.json").write_text(json.dumps(run.deepspeed, indent=2) + "\n")
     packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "webdataset")

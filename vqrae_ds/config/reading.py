@@ -132,17 +132,20 @@ def _check_paths(config: TrainConfig) -> None:
         ("init.model", config.init.model, "a folder of tools/convert_checkpoint.py --to stage2"),
         ("init.encoder_weights", config.init.encoder_weights, "a folder with safetensors"),
     )
+    problems = []
     for name, path, kind in folders:
         if name.startswith("init.") and _has_checkpoint(config):
             continue
         if path is not None and not os.path.isdir(path):
             problem = "is not" if os.path.exists(path) else "does not exist; it must be"
-            raise ValueError(f"{name} = {show(path)} {problem} {kind}")
+            problems.append(f"{name} = {show(path)} {problem} {kind}")
     if perceptual and perceptual.weights and not os.path.isfile(perceptual.weights):
-        raise ValueError(
+        problems.append(
             f"losses.perceptual.weights = {show(perceptual.weights)} is not a file; "
             "tools/make_lpips_weights.py writes one"
         )
+    if problems:
+        raise ValueError(" | ".join(problems))
     if os.path.exists(config.run.output_dir) and not os.path.isdir(config.run.output_dir):
         raise ValueError(f"run.output_dir = {show(config.run.output_dir)} is not a folder")
 

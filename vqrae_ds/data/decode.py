@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xxhash
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vqrae_ds.data.index import Sample
 
@@ -101,6 +101,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise ValueError(f"{image.width} x {image.height} is over the {max_pixels} pixel limit")
         rgb = _to_rgb(image)
         turn = _TO_UPRIGHT.get(_orientation(image))
+    except UnidentifiedImageError as error:
+        raise ValueError("cannot decode the image: it is no JPEG, PNG or WebP") from error
     except Exception as error:  # Pillow's parsers raise whatever broken bytes lead them to
         raise ValueError(f"cannot decode the image: {error}") from error
     return rgb if turn is None else rgb.transpose(turn)
@@ -141,6 +143,17 @@ def decode_sample(
     except ValueError as error:
         raise ValueError(f"{sample.shard}, sample {sample.key!r}: {error}") from error
     return crop_to_tensor(image, choose_crop(image.width, image.height), image_size=image_size)
+
+
+def broken_images(paths: Iterable[Path]) -> list[str]:
+    """A line for each file that cannot be decoded: a bad one would end a training."""
+    broken = []
+    for path in paths:
+        try:
+            decode_image(path.read_bytes())
+        except ValueError as error:
+            broken.append(f"{path}: {error}")
+    return broken
 
 
 def load_image(path: Path, *, image_size: int) -> torch.Tensor:
