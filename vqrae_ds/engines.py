@@ -60,6 +60,7 @@ def start(timeout: timedelta) -> Ranks:
 
     A peer that is gone ends the run after `timeout`.
     """
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is meant to be
     on_gpu = _on_gpu()
     if not on_gpu:
         # The shared-memory op is compiled at first use, silently, and hangs on the lock of a

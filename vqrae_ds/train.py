@@ -227,7 +227,6 @@ def _configure_logging(rank: int) -> None:
     level = os.environ.get("VQRAE_LOG_LEVEL", "INFO" if rank == 0 else "ERROR")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("vqrae_ds").setLevel(level)
-    os.environ.setdefault("DS_LOG_LEVEL", "error")  # DeepSpeed warns of what is meant to be
 
 
 def _record(run: Run) -> None:
