@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from vqrae_ds.config.checking import (
     Positive,
@@ -17,9 +17,16 @@ from vqrae_ds.config.checking import (
     check,
     show,
 )
+from vqrae_ds.config.encoder import (
+    IMPORT,
+    EncoderName,
+    EncoderShape,
+    NormType,
+    check_family,
+    count_blocks,
+    nearest_multiples,
+)
 from vqrae_ds.config.files import read_json
-
-NormType = Literal["layer_norm", "rms_norm"]
 
 
 class DecoderConfig(Section):
@@ -53,22 +60,47 @@ class ModelConfig(Section):
     Once resolved (`resolve_model`) the encoder's configuration is inside instead of the path.
     """
 
-    encoder_cls: Literal["InternViT"] = "InternViT"
+    encoder_cls: EncoderName = "InternViT"
     encoder_config_path: Text | None = None
     encoder_config: dict[str, Any] | None = None
-    image_size: Positive | None = None  # side of input and output in pixels; the encoder's own
+    # The block whose output is the feature: 1 to n, or -1 (the last) to -n. Those above are not
+    # built. The 48-block InternViT is best at -4 (OpenGVLab's model card of the 224px version).
+    feature_layer: int = -1
+    # Side of the output, and of a token in it, in pixels. By default those of the encoder. Where
+    # the token is larger or smaller than the encoder's patch, the encoder sees a resized image.
+    image_size: Positive | None = None
+    output_patch_size: Positive | None = None
+    # InternViT ends without a norm: an offset that all tokens share leaves a handful of codes in
+    # use. A LayerNorm works along the channels and does not take it out; it is there to compare.
+    standardization: Literal["calibrated", "layer_norm", "none"] = "calibrated"
+    # Linear layers from the encoder's width to embedding_dim and on to the decoder's; without
+    # them the three must be equal.
+    use_projections: bool = True
+    use_simvq: bool = True  # false: a codebook learned by moving averages, the plain baseline
     num_embeddings: Annotated[int, Field(ge=2)] = 16384
     embedding_dim: Positive = 1536
     commitment_cost: Weight = 0.25
     legacy: bool = True  # which side of the SimVQ loss the commitment cost scales (models/simvq.py)
-    use_simvq: Literal[True] = True
+    codebook_projection_bias: bool = True
+    codebook_projection_init: Literal["linear", "identity", "orthogonal"] = "linear"
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99  # of the moving averages
     decoder: DecoderConfig = DecoderConfig()
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels, of encoder and decoder. Needs a resolved configuration."""
+        """Side of the encoder's patches in pixels. Needs a resolved configuration."""
+        return self.encoder_shape.patch_size
+
+    @property
+    def encoder_shape(self) -> EncoderShape:
+        """The encoder in numbers. Needs a resolved configuration."""
         assert self.encoder_config is not None, "resolve_model comes first"
-        return EncoderShape.model_validate(self.encoder_config).patch_size
+        return EncoderShape.model_validate(self.encoder_config)
+
+    @property
+    def grid_side(self) -> int:
+        """Tokens a side at `image_size`. Needs a resolved configuration."""
+        return self.image_size // self.output_patch_size
 
     @model_validator(mode="after")
     def _one_encoder(self) -> ModelConfig:
@@ -83,38 +115,21 @@ class ModelConfig(Section):
             )
         return self
 
-
-class EncoderShape(BaseModel):
-    """What the decoder mirrors of the encoder's `config.json`; the rest is the encoder's own."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, protected_namespaces=())
-
-    model_type: Literal["internvl_vision"] = "internvl_vision"
-    hidden_size: Positive
-    num_hidden_layers: Positive
-    num_attention_heads: Positive
-    intermediate_size: Positive
-    image_size: Positive
-    patch_size: Positive
-    norm_type: NormType = "layer_norm"
-    use_qk_norm: bool = False
-    layer_scale_init_value: PositiveNumber = 0.1
-
-    @model_validator(mode="before")
-    @classmethod
-    def _square(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """Hugging Face writes a side as a number or as [height, width]."""
-        sides = {key: raw[key] for key in ("image_size", "patch_size") if key in raw}
-        for key, side in sides.items():
-            if isinstance(side, list | tuple):
-                if len(side) != 2 or side[0] != side[1]:
-                    raise ValueError(f"{key} = {show(side)} is not square: [side, side]")
-                sides[key] = side[0]
-        return {**raw, **sides}
+    @model_validator(mode="after")
+    def _options_of_the_quantizer(self) -> ModelConfig:
+        """An option of the quantiser that is not used would be ignored."""
+        for_simvq = ("legacy", "codebook_projection_bias", "codebook_projection_init")
+        for name in ("ema_decay",) if self.use_simvq else for_simvq:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} = {show(getattr(self, name))} has no effect with model.use_simvq = "
+                    f"{show(self.use_simvq)}: remove it"
+                )
+        return self
 
 
 def resolve_model(model: ModelConfig) -> ModelConfig:
-    """Read the encoder's `config.json` and fill in what the decoder mirrors.
+    """Read the encoder's `config.json` and fill in what follows from it.
 
     Raises `ValueError` where the file, a key of it or a divisibility is missing.
     """
@@ -122,12 +137,26 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
         encoder, prefix = copy.deepcopy(model.encoder_config), "model.encoder_config."
     else:
         path = Path(model.encoder_config_path) / "config.json"
+        if not path.parent.is_dir():
+            raise ValueError(
+                f"model.encoder_config_path: {path.parent} is no folder, so there is no {path}; "
+                f"{IMPORT} (--from-hub NAME downloads)"
+            )
         encoder = read_json(path, "model.encoder_config_path")
         prefix = f"model.encoder_config_path: {path}: "
     shape = check(EncoderShape, encoder, prefix=prefix)
+    check_family(model.encoder_cls, shape, prefix.removesuffix(": ").removesuffix("."))
+    num_blocks = count_blocks(model.feature_layer, shape)
+    output_patch_size = model.output_patch_size or shape.patch_size
+    image_size = model.image_size or shape.image_size // shape.patch_size * output_patch_size
+    if image_size % output_patch_size:
+        raise ValueError(
+            f"model.image_size = {image_size} is not a multiple of the patch size "
+            f"{output_patch_size}; nearest: {nearest_multiples(image_size, output_patch_size)}"
+        )
     mirrored = {
         "hidden_size": shape.hidden_size,
-        "num_layers": shape.num_hidden_layers,
+        "num_layers": num_blocks,
         "num_heads": shape.num_attention_heads,
         "intermediate_size": shape.intermediate_size,
         "norm_type": shape.norm_type,
@@ -135,19 +164,21 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
         "layer_scale_init_value": shape.layer_scale_init_value,
     }
     given = model.decoder.model_dump(exclude_none=True)
-    image_size = model.image_size or shape.image_size
-    if image_size % shape.patch_size:
-        low = image_size // shape.patch_size * shape.patch_size
-        sizes = [size for size in (low, low + shape.patch_size) if size > 0]
+    decoder = check(DecoderConfig, mirrored | given, prefix="model.decoder.")
+    widths = {shape.hidden_size, model.embedding_dim, decoder.hidden_size}
+    if not model.use_projections and len(widths) > 1:
         raise ValueError(
-            f"model.image_size = {image_size} is not a multiple of the encoder's patch size "
-            f"{shape.patch_size}; nearest: {' and '.join(map(str, sizes))}"
+            f"model.use_projections = false needs one width throughout: the encoder has "
+            f"{shape.hidden_size}, model.embedding_dim is {model.embedding_dim}, "
+            f"model.decoder.hidden_size {decoder.hidden_size}"
         )
     return model.model_copy(
         update={
             "encoder_config": encoder,
             "encoder_config_path": None,
+            "feature_layer": num_blocks,
             "image_size": image_size,
-            "decoder": check(DecoderConfig, mirrored | given, prefix="model.decoder."),
+            "output_patch_size": output_patch_size,
+            "decoder": decoder,
         }
     )
