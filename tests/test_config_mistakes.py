@@ -131,7 +131,7 @@ MISTAKES = [
         "losses.adversarial.discriminator_start_step = 5",
         "is after start_step 0",
     ),
-    ("model.image_size=60", "model.image_size = 60", "nearest: 56 and 64"),
+    ("model.image_size=60", "model.image_size = 60", "nearest: 56 or 64"),
     ("model.decoder.num_heads=5", "model.decoder.num_heads = 5", "these do: 3, 4, 6"),
     (
         "deepspeed.scheduler.params.warmup_num_steps=100",
@@ -143,6 +143,15 @@ MISTAKES = [
         "train_batch_size = 64 is not a multiple of train_micro_batch_size_per_gpu = 5",
         "nearest: 60 and 65",
     ),
+    # The tokenizer's options.
+    (
+        "model.encoder_cls=DINOv2wNorm",
+        'model.encoder_cls = "DINOv2wNorm" does not fit model_type "internvl_vision"',
+        "that is InternViT",
+    ),
+    ("model.feature_layer=4", "model.feature_layer = 4 is no block", "1 to 3 from the first"),
+    ("model.use_projections=false", "model.use_projections = false needs one width", "has 96"),
+    ("model.ema_decay=0.5", "model.ema_decay = 0.5 has no effect", "model.use_simvq = true"),
     # Paths.
     ("data.train=no/folder", 'data.train = "no/folder" does not exist', "tools/make_shards.py"),
     (
@@ -155,7 +164,11 @@ MISTAKES = [
         'losses.perceptual.weights = "missing"',
         "tools/make_lpips_weights.py",
     ),
-    ("model.encoder_config_path=lost", "model.encoder_config_path: lost/config.json: no such", ""),
+    (
+        "model.encoder_config_path=lost",
+        "model.encoder_config_path: lost is no folder, so there is no lost/config.json",
+        "tools/import_encoder.py",
+    ),
     ("-encoder.patch_size", "model.encoder_config_path: ", "config.json: patch_size is missing"),
     (
         'encoder.hidden_size="96"',

@@ -56,9 +56,9 @@ def test_validation_counts_each_image_once_and_leaves_the_code_counts_alone(one_
         EvaluationBatch(images[:2], torch.tensor([True, True]), ["a", "b"]),
         EvaluationBatch(padded, torch.tensor([True, False]), ["c", "a"]),
     ]
-    before = model.vqrae.simvq.code_counts.clone()
+    before = model.vqrae.quantizer.code_counts.clone()
     found = validate(engine, batches, lambda a, b: (a - b).abs().mean((1, 2, 3)), CPU)
-    assert torch.equal(model.vqrae.simvq.code_counts, before)
+    assert torch.equal(model.vqrae.quantizer.code_counts, before)
     with torch.no_grad():
         reconstruction = model.vqrae.eval()(images).reconstruction
     expected = psnr(reconstruction, images).mean().item()

@@ -1,11 +1,12 @@
-"""SimVQ against the textbook formula, and four facts that define the quantiser."""
+"""SimVQ: the facts that define it, against the textbook formula, and against another library."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from vector_quantize_pytorch import SimVQ as TheirSimVQ
 
 from tests.test_nearest_code import assert_nearest, make_inputs
 from vqrae_ds import SimVQ
@@ -14,9 +15,23 @@ from vqrae_ds.ops import nearest_code
 K, D = 50, 12
 
 
+EVERY_PROJECTION = [
+    {},
+    {"bias": False},
+    {"projection_init": "identity"},
+    {"projection_init": "orthogonal"},
+    {"projection_init": "orthogonal", "bias": False},
+]
+
+
 def make_simvq(**options: object) -> SimVQ:
     torch.manual_seed(0)
     return SimVQ(K, D, **options)
+
+
+def bias_of(simvq: SimVQ) -> Tensor:
+    bias = simvq.embedding_proj.bias
+    return torch.zeros(simvq.embedding_dim) if bias is None else bias
 
 
 def random_z(*shape: int) -> Tensor:
@@ -25,7 +40,7 @@ def random_z(*shape: int) -> Tensor:
 
 def textbook(simvq: SimVQ, z_BND: Tensor) -> tuple[Tensor, Tensor]:
     """The code of each token out of the whole projected codebook, and the loss of the paper."""
-    codes_KD = simvq.embedding.weight @ simvq.embedding_proj.weight.T + simvq.embedding_proj.bias
+    codes_KD = simvq.embedding.weight @ simvq.embedding_proj.weight.T + bias_of(simvq)
     q_BND = codes_KD[torch.cdist(z_BND, codes_KD.expand(len(z_BND), -1, -1)).argmin(-1)]
     to_code = ((q_BND.detach() - z_BND) ** 2).mean()
     to_z = ((q_BND - z_BND.detach()) ** 2).mean()
@@ -67,25 +82,29 @@ class TestDefinition:
         assert simvq(torch.tensor([[[1.0, 0.1]]])).indices.item() == 1
 
 
+@pytest.mark.parametrize("options", EVERY_PROJECTION, ids=str)
 @pytest.mark.parametrize("kind", ["random", "clustered", "shared offset"])
 @pytest.mark.parametrize("tile", [4096, 11])
 def test_indices_are_those_of_a_float64_search(
-    monkeypatch: pytest.MonkeyPatch, kind: str, tile: int
+    monkeypatch: pytest.MonkeyPatch, kind: str, tile: int, options: dict[str, object]
 ) -> None:
     monkeypatch.setattr(nearest_code, "TILE_TOKENS", tile)
     monkeypatch.setattr(nearest_code, "TILE_CODES", tile)
     z_ND, codes_KD = make_inputs(kind, 105, K, D)
-    simvq = make_simvq()
-    with torch.no_grad():  # the projection is no identity
-        weight, bias = simvq.embedding_proj.weight.double(), simvq.embedding_proj.bias.double()
+    simvq = make_simvq(**options)
+    with torch.no_grad():  # through whatever projection, the codes are those of the inputs
+        weight, bias = simvq.embedding_proj.weight.double(), bias_of(simvq).double()
         simvq.embedding.weight.copy_(torch.linalg.solve(weight, (codes_KD.double() - bias).T).T)
     projected_KD = simvq.get_codebook_entry(torch.arange(K)).detach()
     assert_nearest(simvq(z_ND.view(5, 21, D)).indices.flatten(), z_ND, projected_KD)
 
 
+@pytest.mark.parametrize("options", EVERY_PROJECTION, ids=str)
 @pytest.mark.parametrize("legacy", [True, False])
-def test_loss_and_gradients_are_those_of_the_textbook(legacy: bool) -> None:
-    simvq = make_simvq(legacy=legacy, commitment_cost=0.3)
+def test_loss_and_gradients_are_those_of_the_textbook(
+    legacy: bool, options: dict[str, object]
+) -> None:
+    simvq = make_simvq(legacy=legacy, commitment_cost=0.3, **options)
     ours, theirs = (random_z(3, 20, D).requires_grad_() for _ in range(2))
     weight_BND = torch.randn(3, 20, D)
 
@@ -137,47 +156,12 @@ def test_the_codebook_is_unchanged_by_training_and_the_projection_is_not() -> No
     simvq = make_simvq()
     before = {name: value.clone() for name, value in simvq.state_dict().items()}
     optimizer = torch.optim.AdamW(simvq.parameters(), lr=0.1, weight_decay=0.1)
-    for _ in range(3):
+    for _ in range(20):
         optimizer.zero_grad()
         simvq(random_z(2, 9, D)).vq_loss.backward()
         optimizer.step()
     unchanged = {n for n, value in simvq.state_dict().items() if torch.equal(value, before[n])}
     assert unchanged == {"embedding.weight"}
-
-
-def test_images_and_token_rows_are_quantised_alike() -> None:
-    simvq, z = make_simvq(), random_z(2, D, 3, 5)
-    image, tokens = simvq(z), simvq(z.flatten(2).transpose(1, 2))
-    assert image.z_q.shape == z.shape and image.indices.shape == (2, 3, 5)
-    assert torch.equal(image.z_q.flatten(2).transpose(1, 2), tokens.z_q)
-    assert torch.equal(image.indices.flatten(1), tokens.indices)
-    assert torch.equal(image.vq_loss, tokens.vq_loss)
-    entries = simvq.get_codebook_entry(image.indices)
-    assert torch.equal(entries, image.z_q.permute(0, 2, 3, 1))
-
-
-@pytest.mark.parametrize("shape", [(2, 9), (2, D + 1, 3, 3), (2, 9, D + 1), (2, 3, 3, D)])
-def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"\({', '.join(map(str, shape))}\)"):
-        make_simvq()(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("index", [-1, K])
-def test_an_index_outside_the_codebook_is_named(index: int) -> None:
-    with pytest.raises(ValueError, match=rf"index {index} .* 0 to {K - 1}"):
-        make_simvq().get_codebook_entry(torch.tensor([[0, index]]))
-
-
-def test_usage_counts_codes_until_the_reset() -> None:
-    simvq = make_simvq()
-    codes_KD = simvq.get_codebook_entry(torch.arange(K)).detach()
-    assert simvq.get_codebook_usage() == 0
-    simvq(codes_KD[None, :10])
-    simvq(codes_KD[None, 5:20])
-    assert simvq.code_counts.tolist() == 5 * [1] + 5 * [2] + 10 * [1] + 30 * [0]
-    assert simvq.get_codebook_usage() == 20 / K
-    simvq.reset_codebook_usage()
-    assert simvq.get_codebook_usage() == 0
 
 
 def test_names_are_those_of_the_reference_implementation() -> None:
@@ -189,11 +173,6 @@ def test_the_codebook_is_drawn_with_the_scale_of_the_reference() -> None:
     weight = SimVQ(2000, 64).embedding.weight
     assert weight.mean().item() == pytest.approx(0, abs=0.005)
     assert weight.std().item() == pytest.approx(64**-0.5, rel=0.02)
-
-
-def test_the_search_can_be_replaced() -> None:
-    simvq = make_simvq(search=lambda z_ND, codes_KD: torch.full((len(z_ND),), len(codes_KD) - 1))
-    assert (simvq(random_z(2, 9, D)).indices == K - 1).all()
 
 
 def test_bfloat16_parameters() -> None:
@@ -215,3 +194,98 @@ def test_autocast_trains_the_projection_as_fp32_does() -> None:
         loss.backward()
         gradients.append(simvq.embedding_proj.weight.grad.clone())
     assert F.cosine_similarity(*(g.flatten() for g in gradients), dim=0) > 0.99
+
+
+class TestPrecision:
+    """Distances are fp32: neighbouring codes differ in fewer bits than bf16 keeps."""
+
+    @staticmethod
+    def near_ties(codes_KD: Tensor) -> Tensor:
+        """Tokens (K * 8, D) beside the points halfway between two codes that lie close together."""
+        nearest_K = torch.cdist(codes_KD, codes_KD).fill_diagonal_(torch.inf).argmin(1)
+        share_8 = 0.5 + torch.tensor([-1, -3e-1, -1e-1, -1e-2, 1e-2, 1e-1, 3e-1, 1]) * 1e-2
+        z_8KD = torch.lerp(codes_KD, codes_KD[nearest_K], share_8[:, None, None])
+        return z_8KD.flatten(0, 1)
+
+    def test_bfloat16_weights(self) -> None:
+        simvq = make_simvq().bfloat16()
+        codes_KD = simvq.get_codebook_entry(torch.arange(K)).detach()
+        assert codes_KD.dtype == torch.bfloat16
+        z_ND = self.near_ties(codes_KD.float())
+        assert_nearest(simvq(z_ND[None]).indices[0], z_ND, codes_KD)
+        rounded_ND = z_ND.bfloat16()
+        assert_nearest(simvq(rounded_ND[None]).indices[0], rounded_ND, codes_KD)
+
+    def test_autocast(self) -> None:
+        simvq = make_simvq()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            codes_KD = simvq.get_codebook_entry(torch.arange(K)).detach()
+            z_ND = self.near_ties(codes_KD.float())
+            indices_N = simvq(z_ND[None]).indices[0]
+        assert codes_KD.dtype == torch.bfloat16
+        assert_nearest(indices_N, z_ND, codes_KD)
+
+    def test_these_ties_are_lost_in_bfloat16(self) -> None:
+        """Else the two tests above would prove nothing."""
+        codes_KD = make_simvq().bfloat16().get_codebook_entry(torch.arange(K)).detach()
+        z_ND = self.near_ties(codes_KD.float())
+        indices_N = torch.cdist(z_ND.bfloat16().float(), codes_KD.float()).bfloat16().argmin(1)
+        with pytest.raises(AssertionError, match="provably"):
+            assert_nearest(indices_N, z_ND, codes_KD)
+
+
+class TestProjection:
+    def test_linear_is_the_default_of_torch(self) -> None:
+        projection = make_simvq().embedding_proj
+        torch.manual_seed(1)
+        projection.reset_parameters()
+        torch.manual_seed(1)
+        expected = nn.Linear(D, D)
+        assert torch.equal(projection.weight, expected.weight)
+        assert torch.equal(projection.bias, expected.bias)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("init", ["identity", "orthogonal"])
+    def test_the_others_keep_distances(self, init: str, dtype: torch.dtype) -> None:
+        """They are drawn by the module itself, in the dtype it has under ZeRO-3."""
+        simvq = make_simvq(projection_init=init).to(dtype)
+        for parameter in simvq.embedding_proj.parameters():
+            nn.init.constant_(parameter, 7)
+        simvq.embedding_proj.reset_parameters()
+        weight, bias = simvq.embedding_proj.weight.float(), simvq.embedding_proj.bias
+        tolerance = {"atol": 1e-5 if dtype == torch.float32 else 0.02, "rtol": 0}
+        torch.testing.assert_close(weight @ weight.T, torch.eye(D), **tolerance)
+        assert not bias.any() and bias.requires_grad
+        assert torch.equal(weight, torch.eye(D)) == (init == "identity")
+
+    def test_without_a_bias_none_is_stored(self) -> None:
+        names = ["embedding.weight", "embedding_proj.weight"]
+        assert list(make_simvq(bias=False).state_dict()) == names
+
+    def test_an_unknown_one_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="'eye' .* linear, identity, orthogonal"):
+            make_simvq(projection_init="eye")
+
+
+@pytest.mark.parametrize("shape", [(4, 30, D), (2, D, 5, 6)])
+def test_equals_the_class_of_vector_quantize_pytorch(shape: tuple[int, ...]) -> None:
+    """Its projection has no bias, and its loss has beta on the side of the tokens."""
+    ours, theirs = make_simvq(bias=False, legacy=False), TheirSimVQ(D, K, rotation_trick=False)
+    theirs.channel_first = len(shape) == 4
+    theirs.frozen_codebook.copy_(ours.embedding.weight)
+    theirs.code_transform.load_state_dict(ours.embedding_proj.state_dict())
+    our_z, their_z = (random_z(*shape).requires_grad_() for _ in range(2))
+    weight = torch.randn(shape)
+
+    z_q, loss, indices = ours(our_z)
+    their_z_q, their_indices, their_loss = theirs(their_z)
+    for value, total in ((z_q, loss), (their_z_q, their_loss)):
+        ((value * weight).sum() + 7 * total).backward()
+    assert torch.equal(indices, their_indices)
+    torch.testing.assert_close(z_q, their_z_q)
+    torch.testing.assert_close(loss, their_loss)
+    torch.testing.assert_close(our_z.grad, their_z.grad)
+    torch.testing.assert_close(ours.embedding_proj.weight.grad, theirs.code_transform.weight.grad)
+    torch.testing.assert_close(
+        ours.get_codebook_entry(indices.flatten()), theirs.codebook[indices.flatten()]
+    )

@@ -35,8 +35,8 @@ class TestWaysThrough:
         assert torch.equal(indices, output.indices_Bhw)
         assert output.reconstruction.shape == images.shape
         assert torch.equal(model.decode_from_indices(indices), output.reconstruction)
-        entries = model.simvq.get_codebook_entry(indices.flatten(1))
-        assert torch.equal(entries, model.simvq(output.z_BNE).z_q)
+        entries = model.quantizer.get_codebook_entry(indices.flatten(1))
+        assert torch.equal(entries, model.quantizer(output.z_BNE).z_q)
         assert len(indices.unique()) > 1, "one code for everything proves nothing"
 
     def test_features_are_those_before_the_quantiser(self) -> None:
@@ -78,7 +78,7 @@ class TestWaysThrough:
         output = trained(random_images())
         (output.vq_loss + output.patches_BhwP.square().sum()).backward()
         without = {n for n, p in trained.named_parameters() if p.grad is None}
-        assert without == {"simvq.embedding.weight"}
+        assert without == {"quantizer.embedding.weight"}
 
     def test_the_teacher_is_frozen_and_sees_the_same_images(self) -> None:
         images = random_images().requires_grad_()
@@ -101,7 +101,7 @@ class TestWaysThrough:
         assert model.get_codebook_usage() == 0
         found = model.encode_to_indices(random_images()).unique()
         assert model.get_codebook_usage() == len(found) / NUM_CODES
-        model.simvq.reset_codebook_usage()
+        model.quantizer.reset_codebook_usage()
         assert model.get_codebook_usage() == 0
 
     def test_bfloat16_parameters_beside_fp32_buffers_and_images(self) -> None:
@@ -204,8 +204,6 @@ class TestConstruction:
     def test_what_does_not_fit_is_refused(self, encoder_folder: Path) -> None:
         with pytest.raises(ValueError, match="absent"):
             VQRAE(encoder_config_path=encoder_folder / "absent")
-        with pytest.raises(ValueError, match="use_simvq"):
-            VQRAE(encoder_config_path=encoder_folder, use_simvq=False)
         with pytest.raises(ValueError, match="embeding_dim"):
             VQRAE(encoder_config_path=encoder_folder, embeding_dim=16)
         with pytest.raises(ValueError, match="embedding_dim"):
@@ -230,9 +228,9 @@ def documented_distribution(name: str, parameter: Tensor) -> tuple[float, float]
         return 0.5, 0.0
     if name == "decoder.position.weight":
         return 0.0, 0.02
-    if name == "simvq.embedding.weight":
+    if name == "quantizer.embedding.weight":
         return 0.0, MODEL["embedding_dim"] ** -0.5
-    fan_in = {"in_proj": 48, "simvq": 16, "out_proj": 16, "fc2": 96}
+    fan_in = {"in_proj": 48, "quantizer": 16, "out_proj": 16, "fc2": 96}
     return 0.0, uniform_std(next((n for part, n in fan_in.items() if part in name), 48))
 
 
@@ -260,4 +258,4 @@ def test_resets_leave_the_codebook_frozen() -> None:
     model = build_model()
     for _, reset in model.resets():
         reset()
-    assert not model.simvq.embedding.weight.requires_grad
+    assert not model.quantizer.embedding.weight.requires_grad

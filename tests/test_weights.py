@@ -28,8 +28,8 @@ output = model(images)
 indices = model.encode_to_indices(images)
 assert not model.training
 assert torch.equal(model.decode_from_indices(indices), output.reconstruction)
-entries = model.simvq.get_codebook_entry(indices)
-assert torch.equal(entries.flatten(1, 2), model.simvq(output.z_BNE).z_q)
+entries = model.quantizer.get_codebook_entry(indices)
+assert torch.equal(entries.flatten(1, 2), model.quantizer(output.z_BNE).z_q)
 assert "deepspeed" not in sys.modules
 torch.save(output.reconstruction, sys.argv[3])
 """
@@ -94,12 +94,12 @@ def test_nothing_changes_on_the_way_through_a_folder(
         split(saved)
     model, loaded = build_model(), VQRAE.from_pretrained(saved)
     expected, found = all_tensors(model), all_tensors(loaded)
-    assert found.keys() == expected.keys() and "simvq.code_counts" in found
+    assert found.keys() == expected.keys() and "quantizer.code_counts" in found
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
     assert loaded.config == model.config
     frozen = [n for n, p in loaded.named_parameters() if not p.requires_grad]
-    assert frozen == ["simvq.embedding.weight"]
+    assert frozen == ["quantizer.embedding.weight"]
     assert not loaded.training
 
 
@@ -136,7 +136,7 @@ def test_parameters_come_in_the_dtype_of_the_trained_ones(saved: Path) -> None:
     [
         ({"in_proj.weight": None}, "missing in_proj.weight"),
         ({"out_proj.weight": None}, "out_proj.weight"),
-        ({"simvq.weight": torch.zeros(2)}, "unexpected simvq.weight"),
+        ({"quantizer.weight": torch.zeros(2)}, "unexpected quantizer.weight"),
         ({"in_proj.bias": torch.zeros(3)}, r"in_proj.bias .* \(3,\), the model \(16,\)"),
     ],
 )

@@ -36,7 +36,7 @@ def calibrate(
         if seen >= num_images:
             break
     engine.train()
-    vqrae.simvq.reset_codebook_usage()
+    vqrae.quantizer.reset_codebook_usage()
     dist.all_reduce(sums_3D)
     count_D, sum_D, square_D = sums_3D
     mean_D = sum_D / count_D

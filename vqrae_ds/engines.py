@@ -3,39 +3,43 @@
 The generator engine holds the tokenizer (and the teacher) under the ZeRO stage of the JSON; the
 discriminator has a small engine of its own under ZeRO-1. Weights are filled in before
 `deepspeed.initialize`, module by module, so that under ZeRO-3 no process holds the whole model.
+They are NaN until then: what stays without a value is found and named.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import safe_set_full_fp32_param
-from safetensors.torch import load_file
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
-from vqrae_ds.config import LearningRateMultiplierConfig, Run, TrainConfig
+from vqrae_ds import first_weights
+from vqrae_ds.config import LearningRateMultiplierConfig, Run
+from vqrae_ds.first_weights import Source, failing_together, uninitialized_is_nan
 from vqrae_ds.models.discriminator import PatchDiscriminator
-from vqrae_ds.models.encoders import ENCODERS
+from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.vqrae import VQRAE
-from vqrae_ds.models.weights import WeightFolder, check_names
 
 logger = logging.getLogger(__name__)
 
 PARTS = {  # part of `lr_multiplier` -> prefixes of parameter names
     "encoder": ("vqrae.encoder.",),
-    "quantizer": ("vqrae.in_proj.", "vqrae.simvq.", "vqrae.out_proj."),
+    "quantizer": ("vqrae.in_proj.", "vqrae.quantizer.", "vqrae.out_proj."),
     "decoder": ("vqrae.decoder.",),
 }
 
@@ -46,13 +50,6 @@ class Ranks(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
-
-
-class Source(NamedTuple):
-    """Where the first value of a tensor comes from."""
-
-    folder: WeightFolder
-    name: str
 
 
 def start(timeout: timedelta) -> Ranks:
@@ -99,27 +96,60 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return tensor / dist.get_world_size()
 
 
+@contextlib.contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """Inside, memory of freed tensors goes back to the system at once.
+
+    The C library keeps blocks of up to 32 MB, more of them with each that is freed: partitioning
+    a model in host memory then leaves a process with more than the whole of it. Outside it keeps
+    them, which is faster.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; others do not keep blocks
+    trim_threshold, mmap_threshold = -1, -3
+    if mallopt is not None:
+        mallopt(mmap_threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(mmap_threshold, 32 << 20)
+            mallopt(trim_threshold, 64 << 20)
+
+
+@_freed_memory_returned()
 def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
-    """The generator's engine. With `fill=False` the weights are left for a checkpoint to set."""
+    """The generator's engine. With `fill=False` the weights are NaN until a checkpoint sets them.
+
+    Raises `ValueError`, on all ranks together, for weight files that do not fit or are damaged.
+    """
     config = run.config
     attention = _attention(run)
     torch.manual_seed(config.run.seed)
-    with _partitioned(run.deepspeed):
+    # A module is partitioned as soon as it is built, so no process ever holds two of them whole;
+    # nothing is drawn, because all is set below.
+    with no_init_weights(), uninitialized_is_nan(), _partitioned(run.deepspeed):
         vqrae = VQRAE(config=config.model, freeze_encoder=config.stage == 1, attention=attention)
         teacher = None
         if config.losses.distillation is not None and config.losses.distillation.teacher.weight > 0:
-            teacher = ENCODERS[config.model.encoder_cls](config.model.encoder_config, attention)
+            teacher = build_encoder(config.model, attention)
         model = TrainingModel(vqrae, teacher)
     for buffer in model.buffers():
         if buffer.is_floating_point():  # zero.Init built them in the parameters' dtype
             buffer.data = buffer.data.float()
-    sources = _sources(model, config) if fill else {}
+    sources: dict[str, Source] = {}
     if fill:
+        with failing_together():
+            sources = first_weights.find_sources(model, config)
         fill_weights(model, sources)
+    else:
+        first_weights.poison(model, set(model.state_dict()))
     groups = _parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
+    if fill:
+        first_weights.check_filled(model)
     if _is_bf16(run):
-        _set_masters(engine, sources)
+        with failing_together():
+            _set_masters(engine, sources)
     return engine
 
 
@@ -140,7 +170,8 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
     torch.manual_seed(run.config.run.seed + 1)
     discriminator = PatchDiscriminator(gan.channels, gan.num_layers)
     if fill and run.config.init.model is not None:
-        _load_discriminator(discriminator, run.config.init.model)
+        with failing_together():
+            first_weights.load_discriminator(discriminator, run.config.init.model)
     engine, *_ = deepspeed.initialize(
         model=discriminator,
         model_parameters=list(discriminator.parameters()),
@@ -153,30 +184,46 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
 def fill_weights(model: TrainingModel, sources: dict[str, Source]) -> None:
     """Give every tensor its first value: from `sources` by name, else drawn anew.
 
-    Only rank 0 reads and draws; the others receive their share.
+    Only rank 0 reads and draws; the others receive their share, below stage 3 from
+    `deepspeed.initialize`. Buffers that have no source and are not drawn keep what they were built
+    with on rank 0. Raises on all ranks together.
     """
-    resets = {id(module): reset for module, reset in model.vqrae.resets()}
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        own = dict(module.named_parameters(recurse=False))
-        with deepspeed.zero.GatheredParameters(list(own.values()), modifier_rank=0):
-            if dist.get_rank() == 0:
-                if any(prefix + name not in sources for name in own):
-                    resets[id(module)]()
-                _copy(own, prefix, sources)
-        buffers = {n: b for n, b in module.named_buffers(recurse=False) if prefix + n in sources}
-        if dist.get_rank() == 0:
-            _copy(buffers, prefix, sources)
-        for buffer in buffers.values():
-            _broadcast(buffer)
+    resets = dict(model.vqrae.resets())
+    tensors = first_weights.stored_tensors(model)
+    first_weights.poison(model, set(sources))
+    failed: Exception | None = None  # of rank 0, raised when its peers are out of the loop too
+    for module, own in tensors.items():
+        parameters = list(module.parameters(recurse=False))
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            if dist.get_rank() == 0 and failed is None:
+                try:
+                    if module in resets and not own.keys() <= sources.keys():
+                        resets[module]()
+                    first_weights.copy(own, sources)
+                except Exception as error:
+                    failed = error
+    for buffer in model.buffers():
+        _broadcast(buffer)
+    with failing_together():
+        if failed is not None:
+            raise failed
 
 
 def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:
-    """DeepSpeed makes the fp32 masters of the bf16 parameters: give them back what was rounded."""
+    """DeepSpeed makes the fp32 masters of the bf16 parameters: give them back what was rounded.
+
+    Each rank reads its own share of the file, which is mapped and not loaded.
+    """
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad and name in sources:
             value = sources[name].folder.read(sources[name].name)
-            safe_set_full_fp32_param(parameter, value.float().to(engine.device))
+            if not hasattr(parameter, "ds_tensor"):
+                safe_set_full_fp32_param(parameter, value.float().to(engine.device))
+                continue
+            size = parameter.ds_tensor.ds_numel
+            share = value.flatten()[parameter.ds_zero_partition_rank * size :][:size].float()
+            padded = F.pad(share, (0, size - len(share)))  # the last ranks' shares are
+            safe_set_local_fp32_param(parameter, padded.to(engine.device))
 
 
 def _is_bf16(run: Run) -> bool:
@@ -206,62 +253,11 @@ def _attention(run: Run) -> str:
     return "sdpa"
 
 
-def _sources(model: TrainingModel, config: TrainConfig) -> dict[str, Source]:
-    """Precedence: 1. consolidated folder, 2. pretrained encoder, 3. nothing (drawn anew)."""
-    expected = set(model.state_dict())
-    if config.init.model is not None:
-        folder = WeightFolder(config.init.model)
-        sources = {f"vqrae.{name}": Source(folder, name) for name in folder.names()}
-        if model.teacher is not None:
-            encoder = [n for n in folder.names() if n.startswith("encoder.")]
-            sources |= {f"teacher.{n.removeprefix('encoder.')}": Source(folder, n) for n in encoder}
-    elif config.init.encoder_weights is not None:
-        folder = WeightFolder(config.init.encoder_weights)
-        sources = {f"vqrae.encoder.model.{name}": Source(folder, name) for name in folder.names()}
-        expected = {name for name in expected if name.startswith("vqrae.encoder.model.")}
-    else:
-        logger.warning("no encoder weights: the encoder is UNTRAINED, its features mean nothing")
-        return {}
-    check_names(expected, set(sources), folder.folder)
-    _check_shapes(model, sources)
-    return sources
-
-
-def _check_shapes(model: nn.Module, sources: dict[str, Source]) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in sources:
-            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-            found = sources[name].folder.shape(sources[name].name)
-            if found != shape:
-                where = f"{sources[name].name} in {sources[name].folder.folder}"
-                raise ValueError(f"{where} has shape {found}, the model {shape}")
-
-
-def _copy(targets: dict[str, Tensor], prefix: str, sources: dict[str, Source]) -> None:
-    for name, target in targets.items():
-        if source := sources.get(prefix + name):
-            target.data.copy_(source.folder.read(source.name))
-
-
 def _broadcast(buffer: Tensor) -> None:
     device = deepspeed.get_accelerator().current_device_name()
     moved = buffer.data.to(device)
     dist.broadcast(moved, 0)
     buffer.data.copy_(moved)
-
-
-def _load_discriminator(discriminator: nn.Module, folder: str) -> None:
-    """A discriminator that stage 1 trained goes on in stage 2; without one it starts anew."""
-    path = Path(folder) / "discriminator.safetensors"
-    if not path.is_file():
-        logger.info("%s does not exist: the discriminator starts untrained", path)
-        return
-    try:
-        discriminator.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not fit losses.adversarial (channels, num_layers): {error}"
-        ) from error
 
 
 def _parameter_groups(

@@ -26,7 +26,7 @@ from vqrae_ds.config import Run
 from vqrae_ds.evaluation.metrics import Validation
 from vqrae_ds.evaluation.report import image_grid, save_grid
 from vqrae_ds.evaluation.summary import METRICS_FILE
-from vqrae_ds.models.simvq import SimVQ
+from vqrae_ds.models.quantizer import Quantizer, codebook_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -48,24 +48,14 @@ class CodeWindow:
     def __init__(self, tokens: int, tokens_per_step: int) -> None:
         self._counts_K: deque[Tensor] = deque(maxlen=-(-tokens // tokens_per_step))
 
-    def add_step(self, simvq: SimVQ) -> None:
+    def add_step(self, quantizer: Quantizer) -> None:
         """Take over the counts of one step; those of the oldest fall out at the other end."""
-        self._counts_K.append(simvq.code_counts.clone())
-        simvq.reset_codebook_usage()
+        self._counts_K.append(quantizer.code_counts.clone())
+        quantizer.reset_codebook_usage()
 
     def counts(self) -> Tensor:
         """(K,) float64: how often each code was used in the window."""
         return torch.stack(tuple(self._counts_K)).sum(0).double()
-
-
-def usage(counts_K: Tensor) -> float:
-    """Fraction of codes used, 0..1."""
-    return (counts_K > 0).double().mean().item()
-
-
-def perplexity(counts_K: Tensor) -> float:
-    """exp of the entropy of the code distribution: the number of codes, were all used alike."""
-    return torch.special.entr(counts_K / counts_K.sum()).sum().exp().item()
 
 
 class _Progress(NamedTuple):
@@ -111,7 +101,7 @@ class Monitor:
         fused = fused.cpu()
         values, counts_K = fused[: len(names)] / dist.get_world_size(), fused[len(names) :]
         entry = dict(zip(names, values.tolist(), strict=True))
-        entry |= {"codebook/usage": usage(counts_K), "codebook/perplexity": perplexity(counts_K)}
+        entry |= {f"codebook/{k}": v for k, v in codebook_statistics(counts_K)._asdict().items()}
         entry |= {f"optim/learning_rate_{part}": rate for part, rate in learning_rates.items()}
         entry |= self._speed(step)
         self._sums.clear()

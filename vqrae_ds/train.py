@@ -108,7 +108,7 @@ def prepare(run: Run) -> Setup:
     state = checkpoint.TrainState()
     if folder is not None:
         state = checkpoint.resume(folder, generator, discriminator)
-    elif config.stage == 1 and config.init.model is None and config.run.calibration_images > 0:
+    elif _needs_calibration(run):
         images = _training_batches(run, ranks, index, start=0)
         calibrate(generator, images, config.run.calibration_images, ranks.device)
 
@@ -136,7 +136,7 @@ def train(run: Run, setup: Setup) -> None:
             images = next(setup.batches).images_B3HW.to(setup.ranks.device, non_blocking=True)
             terms = micro_step(generator, discriminator, setup.objective, images, state.step)
             monitor.add(terms)
-        monitor.window.add_step(generator.module.vqrae.simvq)
+        monitor.window.add_step(generator.module.vqrae.quantizer)
         state = checkpoint.TrainState(state.step + 1, state.samples + sizes.global_batch)
 
         if is_due(state.step, config.monitor.log_every_steps, total_steps):
@@ -182,6 +182,13 @@ def micro_step(
 def is_due(step: int, every: int, total: int) -> bool:
     """Whether what happens every `every` steps, and after the last one, happens after `step`."""
     return step % every == 0 or step == total
+
+
+def _needs_calibration(run: Run) -> bool:
+    """Weights that were trained before bring the statistics of their features with them."""
+    config = run.config
+    is_first = config.stage == 1 and config.init.model is None
+    return is_first and config.model.standardization == "calibrated"
 
 
 def _training_batches(run: Run, ranks: Ranks, index: ShardIndex, *, start: int) -> Iterator[Batch]:

@@ -98,16 +98,16 @@ def run_everything(rank: int, folder: Path) -> None:
         if parameter.requires_grad:
             master = safe_get_full_fp32_param(parameter)
             assert torch.equal(master, weights[name.removeprefix("vqrae.")]), f"{name} was rounded"
-    codebook = model.vqrae.simvq.embedding.weight
+    codebook = model.vqrae.quantizer.embedding.weight
     with gathered(model):
-        assert torch.equal(codebook, weights["simvq.embedding.weight"].bfloat16())
+        assert torch.equal(codebook, weights["quantizer.embedding.weight"].bfloat16())
 
     untrained = {"init": {"model": None, "allow_untrained_encoder": True}}
     model = engines.build_generator(make_run(mine, 1, losses=LOSSES, **untrained)).module
     with gathered(model):
         state = {n: t.clone() for n, t in model.state_dict().items()}
     assert all(t.isfinite().all() for t in state.values())
-    assert math.isclose(state["vqrae.simvq.embedding.weight"].std(), 16**-0.5, rel_tol=0.1)
+    assert math.isclose(state["vqrae.quantizer.embedding.weight"].std(), 16**-0.5, rel_tol=0.1)
     assert (state["vqrae.decoder.head.bias"] == 0.5).all()
     assert (state["vqrae.decoder.blocks.0.scale1.scale"] == torch.tensor(0.1)).all()
     torch.save(state, folder / f"drawn{rank}.pt")

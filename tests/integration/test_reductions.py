@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed import run_ranks
 from tests.tiny import PlainEngine, build_model, images_of, make_run, save_initial
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 TRUE, FALSE = torch.tensor([True, True]), torch.tensor([True, False])
+PERPLEXITY = 6 ** (4 / 6) * 3 ** (2 / 6)  # of code 2 with a third, and four with a sixth each
 
 
 def measure(rank: int, folder: Path) -> None:
@@ -33,13 +35,16 @@ def measure(rank: int, folder: Path) -> None:
     monitor = Monitor(run, step=0)
     monitor.add({"loss/total": torch.tensor(1.0 + rank)})
     monitor.add({"loss/total": torch.tensor(2.0 + rank), "loss/perceptual": torch.tensor(0.5)})
-    simvq = model.vqrae.simvq
-    simvq.code_counts[2 * rank : 2 * rank + 3] = 5
-    monitor.window.add_step(simvq)
+    quantizer = model.vqrae.quantizer
+    quantizer.code_counts[2 * rank : 2 * rank + 3] = 5
+    of_codes = [quantizer.get_codebook_statistics(over) for over in (None, dist.all_reduce)]
+    monitor.window.add_step(quantizer)  # which resets
+    of_codes.append(quantizer.get_codebook_statistics(dist.all_reduce))
     entry = monitor.log(1, 4, {"decoder": 0.1})
     monitor.close()
     statistics = (model.vqrae.standardize.mean, model.vqrae.standardize.std)
-    torch.save((validation.figures, entry, *statistics), folder / f"measured{rank}.pt")
+    codebook = [tuple(s) for s in of_codes]
+    torch.save((validation.figures, entry, *statistics, codebook), folder / f"measured{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def test_calibration_is_that_of_all_images(measured):
     model = build_model()
     with torch.no_grad():
         features = model.encode(torch.cat([images_of(0, 0), images_of(0, 1)])).double()
-    for _, _, mean, std in ranks:
+    for _, _, mean, std, _ in ranks:
         assert torch.allclose(mean.double(), features.mean((0, 1)), atol=1e-6)
         assert torch.allclose(std.double(), features.std((0, 1), correction=0), rtol=1e-5)
     assert torch.equal(ranks[0][2], ranks[1][2]) and torch.equal(ranks[0][3], ranks[1][3])
@@ -67,7 +72,7 @@ def test_calibration_is_that_of_all_images(measured):
 def test_validation_counts_each_image_of_each_rank_once(measured):
     _, ranks = measured
     model = build_model().eval()
-    model.standardize.mean, model.standardize.std = ranks[0][2:]
+    model.standardize.mean, model.standardize.std = ranks[0][2:4]
     images = torch.cat([images_of(0, 0), images_of(0, 1)[:1]])
     with torch.no_grad():
         expected = psnr(model(images).reconstruction, images).mean().item()
@@ -81,5 +86,15 @@ def test_logged_figures_are_means_over_ranks_and_micro_batches(measured):
         assert entry["loss/total"] == pytest.approx((1 + 2 + 2 + 3) / 4)
         assert entry["loss/perceptual"] == 0.5
         assert entry["codebook/usage"] == 5 / 64, "codes 0-2 on one rank, 2-4 on the other"
+        assert entry["codebook/perplexity"] == pytest.approx(PERPLEXITY)
+        assert entry["codebook/dead_codes"] == 59
     written = read_metrics(folder / "run")
     assert [(e["step"], e["loss/total"]) for e in written] == [(1, 2.0)], "one rank writes"
+
+
+def test_statistics_of_the_codebook_are_those_of_all_ranks_until_the_reset(measured):
+    _, ranks = measured
+    for *_, (alone, together, after_reset) in ranks:
+        assert alone == pytest.approx((3 / 64, 3, 61))
+        assert together == pytest.approx((5 / 64, PERPLEXITY, 59))
+        assert after_reset == (0, 0, 64)

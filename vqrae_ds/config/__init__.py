@@ -4,6 +4,7 @@ Importing this package imports neither torch nor deepspeed: a mistake is reporte
 """
 
 from vqrae_ds.config.command_line import parse_command_line
+from vqrae_ds.config.encoder import choose_encoder, nearest_multiples
 from vqrae_ds.config.model import DecoderConfig, ModelConfig, resolve_model
 from vqrae_ds.config.reading import Run, Schedule, describe, read_run
 from vqrae_ds.config.schema import (
@@ -24,7 +25,9 @@ __all__ = [
     "Run",
     "Schedule",
     "TrainConfig",
+    "choose_encoder",
     "describe",
+    "nearest_multiples",
     "parse_command_line",
     "read_run",
     "resolve_model",

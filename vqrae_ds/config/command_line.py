@@ -29,7 +29,9 @@ class CommandLine(NamedTuple):
     dry_run: bool
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """Raises `ValueError` where argparse would print its usage and exit."""
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (--help shows an example)")
 
@@ -48,7 +50,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="vqrae_ds.train",
         description="Train a VQRAE tokenizer.",
         epilog=EXAMPLE,

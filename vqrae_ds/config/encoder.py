@@ -115,4 +115,3 @@ def nearest_multiples(size: int, of: int) -> str:
     """The positive multiples of `of` around `size`, for a sentence."""
     low = size // of * of
     return " or ".join(str(near) for near in (low, low + of) if near > 0)
-

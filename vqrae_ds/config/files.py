@@ -1,6 +1,7 @@
 """Reads YAML and JSON files, each mistake as one line that says where it is.
 
-A key that is given twice is refused; both libraries would keep the last value in silence.
+A key that is given twice is refused; both libraries would keep the last value in silence. A recipe
+may state only what differs from another, its `base`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,21 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from vqrae_ds.config.checking import show
+
+BASE = "base"
+
+
+class Recipe(NamedTuple):
+    """The keys and values of a YAML over those of its `base`, where it names one."""
+
+    values: dict[str, Any]
+    base_path: Path | None
+    base_values: dict[str, Any]
 
 
 class _Pairs(list):
@@ -36,6 +47,28 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_recipe(path: Path, name: str) -> Recipe:
+    """The YAML in `path`, and under it the one that its key `base` names relative to it.
+
+    Sections are merged key by key; any other value replaces the base's, and null is a value.
+    Raises `ValueError` as `read_yaml` does, and where a base has a base.
+    """
+    own = read_yaml(path, name)
+    if BASE not in own:
+        return Recipe(own, None, {})
+    base = own.pop(BASE)
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{name}: {path}: {BASE} = {show(base)} must be the path of a YAML file")
+    base_path = path.parent / base
+    base_values = read_yaml(base_path, f"{name}: {path}: {BASE}")
+    if BASE in base_values:
+        raise ValueError(
+            f"{name}: {path}: {BASE} = {show(base)}, and {base_path} has the key {BASE} itself: "
+            "name a file without one"
+        )
+    return Recipe(_merge(base_values, own), base_path, base_values)
+
+
 def read_yaml(path: Path, name: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises `ValueError`; `name` is the setting that gave the path."""
     return _read(path, name, "YAML", lambda text: yaml.load(text, Loader=_Loader))
@@ -52,6 +85,14 @@ def parse_value(text: str) -> Any:
         return _to_dicts(yaml.load(text, Loader=_Loader), "")
     except yaml.YAMLError as error:
         raise ValueError(_explain(error)) from error
+
+
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
 
 
 def _read(path: Path, name: str, kind: str, parse: Callable[[str], Any]) -> dict[str, Any]:

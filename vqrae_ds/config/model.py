@@ -70,8 +70,9 @@ class ModelConfig(Section):
     # the token is larger or smaller than the encoder's patch, the encoder sees a resized image.
     image_size: Positive | None = None
     output_patch_size: Positive | None = None
-    # InternViT ends without a norm: an offset that all tokens share leaves a handful of codes in
-    # use. A LayerNorm works along the channels and does not take it out; it is there to compare.
+    # InternViT ends without a norm: with an offset that all tokens share training begins with a
+    # handful of codes. A LayerNorm works along the channels and does not take it out; it is there
+    # to compare.
     standardization: Literal["calibrated", "layer_norm", "none"] = "calibrated"
     # Linear layers from the encoder's width to embedding_dim and on to the decoder's; without
     # them the three must be equal.

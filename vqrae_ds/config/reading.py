@@ -16,7 +16,7 @@ import yaml
 
 from vqrae_ds.config import deepspeed_json
 from vqrae_ds.config.checking import check, key_names, list_keys, nearest_name, show
-from vqrae_ds.config.files import parse_value, read_json, read_yaml
+from vqrae_ds.config.files import BASE, Recipe, parse_value, read_json, read_recipe
 from vqrae_ds.config.model import ModelConfig, resolve_model
 from vqrae_ds.config.schema import LossConfig, TrainConfig
 
@@ -51,20 +51,29 @@ def read_run(
     overrides: Sequence[str] = (),
     world_size: int = 1,
     allowed_keys: Sequence[str] = (),
+    check_paths: bool = True,
 ) -> Run:
-    """Read, override and check a run for `world_size` ranks. Raises `ValueError` with one line."""
-    raw_yaml = read_yaml(config_path, "--config")
+    """Read, override and check a run for `world_size` ranks. Raises `ValueError` with one line.
+
+    Without `check_paths` data and weights need not be there; the encoder's `config.json` must be.
+    """
+    recipe = read_recipe(config_path, "--config")
+    raw_yaml = copy.deepcopy(recipe.values)
     raw_json = read_json(deepspeed_path, "--deepspeed_config")
     for override in overrides:
         _apply(raw_yaml, raw_json, override)
     deepspeed_json.check_keys(raw_json, allowed_keys, YAML_NAMES)
-    config = check(
-        TrainConfig, raw_yaml, source="the YAML", describe_unknown=_describe_unknown_in_yaml
-    )
-    config = config.model_copy(update={"model": resolve_model(config.model)})
-    _check_paths(config)
-    _check_same_model(config)
-    schedule = _schedule(config, raw_json, world_size)
+    try:
+        config = check(
+            TrainConfig, raw_yaml, source="the YAML", describe_unknown=_describe_unknown_in_yaml
+        )
+        config = config.model_copy(update={"model": resolve_model(config.model)})
+        if check_paths:
+            _check_paths(config)
+            _check_same_model(config)
+        schedule = _schedule(config, raw_json, world_size)
+    except ValueError as error:
+        raise ValueError(f"{error}{_place_in_base(str(error), raw_yaml, recipe)}") from error
     return Run(config, _complete(raw_json, schedule), schedule)
 
 
@@ -108,8 +117,19 @@ def _apply(raw_yaml: dict[str, Any], raw_json: dict[str, Any], override: str) ->
         raise ValueError(f"override {override!r}: {error}") from error
 
 
+def _place_in_base(message: str, raw_yaml: Mapping[str, Any], recipe: Recipe) -> str:
+    """Says so where the value that `message` begins with stands in the recipe's base."""
+    name = message.partition(" ")[0]
+    value = deepspeed_json.get(recipe.base_values, name)
+    if value is None or value != deepspeed_json.get(raw_yaml, name):
+        return ""
+    return f" ({name} stands in {recipe.base_path})"
+
+
 def _describe_unknown_in_yaml(name: str) -> str:
     section, _, key = name.rpartition(".")
+    if name == BASE:
+        return "is no override: it is a key of the YAML file itself"
     if owner := deepspeed_json.OWNED_ELSEWHERE.get(key):
         return f"is not a key of the YAML: {owner}"
     near = nearest_name(name, YAML_NAMES, TELLING_JSON_NAMES)

@@ -150,8 +150,8 @@ class RunConfig(Section):
     epochs: Positive | None = None
     total_steps: Positive | None = None
     seed: NotNegative = 0
-    # Stage 1: images that set mean and scale of the features.
-    calibration_images: NotNegative = 4096
+    # Stage 1: images that set mean and scale of the features (model.standardization).
+    calibration_images: Positive = 4096
     collective_timeout_minutes: Positive = 30
 
     @model_validator(mode="after")
@@ -212,6 +212,12 @@ class TrainConfig(Section):
         if self.stage == 1 and self.losses.distillation is not None:
             raise ValueError(
                 "losses.distillation is set in stage 1, where the encoder is frozen: remove it"
+            )
+        distillation = self.losses.distillation
+        if distillation and distillation.quantized.weight and not self.model.use_simvq:
+            raise ValueError(
+                f"losses.distillation.quantized.weight = {distillation.quantized.weight:g} has no "
+                "effect with model.use_simvq = false, whose codes have no gradient: set it to 0"
             )
         if self.stage == 1 and not (
             init.encoder_weights or init.model or init.allow_untrained_encoder

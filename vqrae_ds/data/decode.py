@@ -156,12 +156,17 @@ def broken_images(paths: Iterable[Path]) -> list[str]:
     return broken
 
 
-def load_image(path: Path, *, image_size: int) -> torch.Tensor:
-    """The largest centre square of a file, (3, S, S) in [0, 1]; `ValueError` names a bad file."""
+def open_image(path: Path) -> Image.Image:
+    """A file as `decode_image` gives it; `ValueError` names a bad file."""
     try:
-        image = decode_image(path.read_bytes())
+        return decode_image(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def load_image(path: Path, *, image_size: int) -> torch.Tensor:
+    """The largest centre square of a file, (3, S, S) in [0, 1]; `ValueError` names a bad file."""
+    image = open_image(path)
     return crop_to_tensor(image, centre_crop(*image.size), image_size=image_size)
 
 

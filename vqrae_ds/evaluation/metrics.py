@@ -43,8 +43,8 @@ def validate(
 
     Codes are counted for the training alone, so those of the pass are taken back.
     """
-    simvq = engine.module.vqrae.simvq
-    counts_before, first = simvq.code_counts.clone(), None
+    quantizer = engine.module.vqrae.quantizer
+    counts_before, first = quantizer.code_counts.clone(), None
     engine.eval()
     sums: dict[str, Tensor] = {}
     num_images = torch.zeros((), dtype=torch.float64, device=device)
@@ -58,7 +58,7 @@ def validate(
         for name, value_B in _figures(output, images_hat, images, perceptual):
             sums[name] = sums.get(name, 0) + value_B[is_real_B].double().sum()
     engine.train()
-    simvq.code_counts.copy_(counts_before)
+    quantizer.code_counts.copy_(counts_before)
     assert first is not None, "the validation set is empty"
     totals = torch.stack([num_images, *sums.values()])
     dist.all_reduce(totals)

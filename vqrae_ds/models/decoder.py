@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqrae_ds.config import DecoderConfig
+from vqrae_ds.models.positions import resize_positions
 
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
 NORM_EPS = 1e-6
@@ -108,11 +109,10 @@ class PixelHead(nn.Linear):
 
 
 class PositionEmbedding(nn.Module):
-    """A learned vector a position of a `side` x `side` grid; bicubic in fp32 for other grids."""
+    """A learned vector a position of a `side` x `side` grid, interpolated for other grids."""
 
     def __init__(self, side: int, width: int) -> None:
         super().__init__()
-        self.side = side
         self.weight = nn.Parameter(torch.empty(1, side * side, width))
         self.reset_parameters()
 
@@ -120,18 +120,14 @@ class PositionEmbedding(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x_BND: Tensor, h: int, w: int) -> Tensor:
-        if (h, w) == (self.side, self.side):  # bicubic would change no bit, but take time
-            return x_BND + self.weight
-        grid_1Dss = rearrange(self.weight.float(), "1 (s t) d -> 1 d s t", s=self.side)
-        grid_1Dhw = F.interpolate(grid_1Dss, (h, w), mode="bicubic", align_corners=False)
-        return x_BND + rearrange(grid_1Dhw, "1 d h w -> 1 (h w) d").to(x_BND.dtype)
+        return x_BND + resize_positions(self.weight, h, w)
 
 
 class Decoder(nn.Module):
     """Position embedding, blocks, norm and head.
 
     `config` has every field set (`resolve_model`), `side` is the side of the grid that the position
-    embedding is learned on, and `patch_size` that of a patch in pixels.
+    embedding is learned on, and `patch_size` that of a patch of the output in pixels.
     """
 
     def __init__(self, config: DecoderConfig, side: int, patch_size: int) -> None:

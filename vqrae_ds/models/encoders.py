@@ -1,48 +1,72 @@
 """Pretrained vision encoders behind one small interface: image in [0, 1] -> patch features.
 
-The networks are the transformers library's; here are only what a tokenizer needs around them.
+The networks are the transformers library's; here is only what a tokenizer needs around them: the
+input statistics, a chosen layer, no class or register tokens, any size of image. A new family is a
+subclass of `Encoder` and an entry in `ENCODERS`.
 
-Shapes: B batch, H x W pixels, N = h*w patches, D width.
+Shapes: B batch, H x W pixels, h x w grid of patches, N = h*w patches, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import InternVLVisionConfig, InternVLVisionModel
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.models.internvl.modeling_internvl import InternVLVisionEmbeddings
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from vqrae_ds.config import ModelConfig, choose_encoder, nearest_multiples
+from vqrae_ds.models.positions import resize_positions
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class InternViT(nn.Module):
-    """InternViT of any size (github.com/OpenGVLab/InternVL), last layer's patch tokens.
+class Encoder(nn.Module):
+    """What all families share.
 
-    `config` is the content of `config.json` as transformers' `InternVLVisionModel` has it, and
-    `attention` that library's name of the implementation. The published checkpoints end without a
-    norm, and so does this with `use_mean_pooling`, the default. `hidden_size` is the width D,
-    `patch_size` the side of a patch in pixels.
+    `config` is the content of `config.json` in the transformers library's layout, of which the
+    first `num_blocks` blocks are built. Behind the last block of the network comes the family's own
+    final norm, behind an earlier one nothing. `plain_norm` puts a LayerNorm without learned scale
+    and shift there instead. `attention` is the library's name of the implementation.
 
-    Raises `ValueError` for the configuration of another kind of model.
+    `hidden_size` is the width D, `patch_size` the side of a patch in pixels, `mean` and `std` are
+    those of the pixels that the family was trained on.
     """
 
-    def __init__(self, config: dict[str, Any], attention: str = "sdpa") -> None:
+    mean: ClassVar[tuple[float, float, float]]
+    std: ClassVar[tuple[float, float, float]]
+    blocks_path: ClassVar[str]  # where `model` keeps its blocks, and its last norm
+    norm_path: ClassVar[str]
+
+    def __init__(
+        self, config: dict[str, Any], num_blocks: int, plain_norm: bool, attention: str
+    ) -> None:
         super().__init__()
-        expected = InternVLVisionConfig.model_type
-        model_type = config.get("model_type", expected)
-        if model_type != expected:  # the keys of others mean something else, or nothing, here
-            raise ValueError(
-                f"the encoder's config.json has model_type {model_type!r}; InternViT needs "
-                f"{expected!r}, the transformers library's layout"
-            )
-        self.config = InternVLVisionConfig(**{**config, "attn_implementation": attention})
-        self.model = InternVLVisionModel(self.config)
-        self.hidden_size = self.config.hidden_size
-        self.patch_size = self.config.patch_size[0]
+        self.num_blocks = num_blocks
+        changes = {"num_hidden_layers": num_blocks, "attn_implementation": attention}
+        self.model = self._build({**config, **changes})
+        self.hidden_size = self.model.config.hidden_size
+        sides = self.model.config.patch_size
+        self.patch_size = sides if isinstance(sides, int) else sides[0]
+        self._drops_norm = False
+        if plain_norm or num_blocks < config["num_hidden_layers"]:
+            self._drops_norm = any(True for _ in getattr(self.model, self.norm_path).parameters())
+            eps = self.model.config.layer_norm_eps
+            plain = nn.LayerNorm(self.hidden_size, eps, elementwise_affine=False)
+            setattr(self.model, self.norm_path, plain if plain_norm else nn.Identity())
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Features (B, h*w, D) of floating-point images (B, 3, H, W) in [0, 1].
@@ -50,21 +74,115 @@ class InternViT(nn.Module):
         Raises `ValueError` where a side is no multiple of the patch size, or for another shape.
         """
         _check_images(images_B3HW, self.patch_size)
-        pixels_B3HW = _standardize(images_B3HW.float())
-        return self.model(pixels_B3HW).last_hidden_state[:, 1:]  # without the class token
+        channels = zip(images_B3HW.float().unbind(1), self.mean, self.std, strict=True)
+        # Numbers, not buffers: these would be rounded with the parameters of a model in bf16.
+        pixels_B3HW = torch.stack([(x_BHW - mean) / std for x_BHW, mean, std in channels], dim=1)
+        tokens_BND = self._run(pixels_B3HW)
+        num_patches = images_B3HW[0, 0].numel() // self.patch_size**2
+        return tokens_BND[:, -num_patches:]  # class and register tokens come first
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a tensor of the whole network belongs to a part that is not built here."""
+        if name.startswith(f"{self.blocks_path}."):
+            return int(name.removeprefix(f"{self.blocks_path}.").split(".")[0]) >= self.num_blocks
+        return self._drops_norm and name.startswith(f"{self.norm_path}.")
 
     def resets(self) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
         """Each module with parameters of its own, and the call that draws them anew.
 
-        Matrices and kernels are drawn from N(0, initializer_range^2). Biases, class token and
-        position embeddings are 0, norms 1, layer scales `layer_scale_init_value`.
+        The distributions are the transformers library's for the family.
         """
         for module in self.model.modules():
             if any(True for _ in module.parameters(recurse=False)):
                 yield module, partial(self.model._init_weights, module)
 
+    def _build(self, config: dict[str, Any]) -> nn.Module:
+        raise NotImplementedError
 
-ENCODERS = {"InternViT": InternViT}
+    def _run(self, pixels_B3HW: Tensor) -> Tensor:
+        return self.model(pixels_B3HW).last_hidden_state
+
+
+class InternViT(Encoder):
+    """InternViT of any size (github.com/OpenGVLab/InternVL).
+
+    The published checkpoints end without a norm, and so does this with `use_mean_pooling`.
+    """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    blocks_path, norm_path = "encoder.layer", "layernorm"
+
+    def _build(self, config: dict[str, Any]) -> nn.Module:
+        resolved = InternVLVisionConfig(**{**config, "use_mask_token": False})
+        model = InternVLVisionModel(resolved)
+        model.embeddings = _InternVLEmbeddings(resolved)
+        return model
+
+
+class SigLIP(Encoder):
+    """SigLIP, and SigLIP 2 at fixed resolution, without the pooling head (arXiv:2502.14786)."""
+
+    mean = std = (0.5, 0.5, 0.5)
+    blocks_path, norm_path = "encoder.layers", "post_layernorm"
+
+    def _build(self, config: dict[str, Any]) -> nn.Module:
+        resolved = SiglipVisionConfig(**{**config, "vision_use_head": False})
+        model = SiglipVisionModel(resolved)
+        model.embeddings = _SiglipEmbeddings(resolved)
+        return model
+
+    def _run(self, pixels_B3HW: Tensor) -> Tensor:
+        return self.model(pixels_B3HW, interpolate_pos_encoding=True).last_hidden_state
+
+
+class DINOv2(Encoder):
+    """DINOv2 with and without registers (arXiv:2304.07193, 2309.16588)."""
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    blocks_path, norm_path = "encoder.layer", "layernorm"
+
+    def _build(self, config: dict[str, Any]) -> nn.Module:
+        if config["model_type"] == "dinov2":
+            return Dinov2Model(Dinov2Config(**{**config, "use_mask_token": False}))
+        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config))
+        # For pre-training only. As a plain tensor it is neither trained nor stored.
+        del model.embeddings.mask_token
+        model.embeddings.mask_token = torch.zeros(0)
+        return model
+
+
+ENCODERS: dict[str, type[Encoder]] = {
+    "InternViT": InternViT,
+    "SigLIP": SigLIP,
+    "SigLIP2": SigLIP,
+    "DINOv2": DINOv2,
+}
+
+
+def build_encoder(config: ModelConfig, attention: str = "sdpa") -> Encoder:
+    """The encoder of a resolved configuration, with random weights."""
+    family, plain_norm = choose_encoder(config.encoder_cls)
+    return ENCODERS[family](config.encoder_config, config.feature_layer, plain_norm, attention)
+
+
+class _InternVLEmbeddings(InternVLVisionEmbeddings):
+    """The library interpolates in the dtype of the weights."""
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        h, w = height // self.patch_size[0], width // self.patch_size[1]
+        class_11D, patches_1ND = self.position_embeddings.split_with_sizes(
+            [1, self.position_embeddings.shape[1] - 1], dim=1
+        )
+        return torch.cat([class_11D, resize_positions(patches_1ND, h, w)], dim=1)
+
+
+class _SiglipEmbeddings(SiglipVisionEmbeddings):
+    """The same, and the table is reached by calling it: ZeRO-3 holds it only while it runs."""
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        every_N = torch.arange(self.num_positions, device=embeddings.device)
+        positions_1ND = self.position_embedding(every_N)[None]
+        return resize_positions(positions_1ND, height // self.patch_size, width // self.patch_size)
 
 
 def _check_images(images_B3HW: Tensor, patch_size: int) -> None:
@@ -76,12 +194,12 @@ def _check_images(images_B3HW: Tensor, patch_size: int) -> None:
         )
     H, W = shape[2:]
     if H % patch_size or W % patch_size:
-        raise ValueError(
-            f"images have {H} x {W} pixels: sides must be multiples of {patch_size}, the patch size"
+        nearest = " and ".join(
+            f"{nearest_multiples(side, patch_size)} for {side}"
+            for side in dict.fromkeys((H, W))
+            if side % patch_size
         )
-
-
-def _standardize(images_B3HW: Tensor) -> Tensor:
-    # Numbers, not buffers: these would be rounded with the parameters of a model in bf16.
-    channels = zip(images_B3HW.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
-    return torch.stack([(x_BHW - mean) / std for x_BHW, mean, std in channels], dim=1)
+        raise ValueError(
+            f"images have {H} x {W} pixels: sides must be multiples of {patch_size}, the patch "
+            f"size; nearest: {nearest}"
+        )

@@ -6,6 +6,9 @@
 The features are continuous and never quantised: they serve understanding. The codes serve
 generation.
 
+The encoder reads p x p pixels a token, the decoder writes q x q. Where they differ, an image comes
+out q / p times as large as the encoder sees it.
+
 Shapes: B batch, H x W pixels, h x w grid of patches, N = h*w tokens, D encoder width, E codebook
 dimension, P values a patch.
 """
@@ -18,12 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.models.decoder import Decoder, unpatchify
-from vqrae_ds.models.encoders import ENCODERS
+from vqrae_ds.models.ema_codebook import EMACodebook
+from vqrae_ds.models.encoders import build_encoder
+from vqrae_ds.models.quantizer import Quantizer
 from vqrae_ds.models.simvq import Search, SimVQ
 from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, has_weights
 from vqrae_ds.ops.nearest_code import nearest_code
@@ -49,8 +55,9 @@ class VQRAEOutput(NamedTuple):
 class Standardize(nn.Module):
     """Per-channel mean and scale of the frozen encoder's features, measured by a calibration pass.
 
-    InternViT ends without a norm. Uncentred features hit a handful of codes, and a LayerNorm does
-    not help: it works along the channels and leaves an offset that all tokens share where it is.
+    InternViT ends without a norm. With an offset that all tokens share, training begins with a
+    handful of codes and gets out of it late or not at all (tests/test_standardization.py). A
+    LayerNorm does not help: it works along the channels and leaves the offset where it is.
     """
 
     mean: Tensor
@@ -67,6 +74,10 @@ class Standardize(nn.Module):
 
 class VQRAE(nn.Module):
     """The tokenizer. Images go in and come out as (B, 3, H, W) in [0, 1].
+
+    Images go in at the encoder's scale: sides are multiples of p, the encoder's patch size. Where
+    the output's q differs from p, sides that are multiples of q alone are taken as the output's
+    scale and resized (`resize_for_encoder`).
 
     `encoder_config_path` is a folder with the encoder's `config.json`. Safetensors beside it are
     loaded into the encoder; all else is random: `from_pretrained` loads a whole model. `options`
@@ -105,24 +116,25 @@ class VQRAE(nn.Module):
         encoder_folder = config.encoder_config_path
         self.config = config = resolve_model(config)
         self.freeze_encoder = freeze_encoder
-        dim, patch_size = config.embedding_dim, config.patch_size
-        self.encoder = ENCODERS[config.encoder_cls](config.encoder_config, attention)
+        self.encoder = build_encoder(config, attention)
         if encoder_folder is not None and has_weights(encoder_folder):
-            copy_weights(self.encoder.model, WeightFolder(encoder_folder))
+            weights = WeightFolder(encoder_folder)
+            copy_weights(self.encoder.model, weights, self.encoder.leaves_out)
         self.encoder.requires_grad_(not freeze_encoder)
-        self.standardize = Standardize(self.encoder.hidden_size)
-        self.in_proj = nn.Linear(self.encoder.hidden_size, dim)
-        self.simvq = SimVQ(
-            config.num_embeddings, dim, config.commitment_cost, config.legacy, search=search
-        )
-        self.out_proj = nn.Linear(dim, config.decoder.hidden_size)
-        self.decoder = Decoder(config.decoder, config.image_size // patch_size, patch_size)
+        width, dim = self.encoder.hidden_size, config.embedding_dim
+        decoder_width = config.decoder.hidden_size
+        self.standardize = _standardization(config.standardization, width)
+        self.in_proj = nn.Linear(width, dim) if config.use_projections else nn.Identity()
+        self.quantizer = _quantizer(config, search)
+        self.out_proj = nn.Linear(dim, decoder_width) if config.use_projections else nn.Identity()
+        self.decoder = Decoder(config.decoder, config.grid_side, config.output_patch_size)
 
     def forward(self, images_B3HW: Tensor) -> VQRAEOutput:
         """Encode, quantise, decode. Raises `ValueError` as `encode` does."""
-        features_BND = self.encode(images_B3HW)
+        images_B3HW = self._at_encoder_scale(images_B3HW)
+        features_BND = self._encode(images_B3HW)
         z_BNE = self.in_proj(self.standardize(features_BND))
-        code_BNE, z_q_BNE, vq_loss, indices_BN = self.simvq.quantize(z_BNE)
+        code_BNE, z_q_BNE, vq_loss, indices_BN = self.quantizer.quantize(z_BNE)
         h, w = self._grid(images_B3HW)
         patches_BhwP, hidden_BND = self.decoder(self.out_proj(z_q_BNE), h, w)
         indices_Bhw = indices_BN.unflatten(1, (h, w))
@@ -135,34 +147,55 @@ class VQRAE(nn.Module):
 
         Raises `ValueError` where a side is no multiple of the patch size, or for another shape.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            return self.encoder(images_B3HW)
+        return self._encode(self._at_encoder_scale(images_B3HW))
 
     @torch.no_grad()
     def encode_to_indices(self, images_B3HW: Tensor) -> Tensor:
-        """Codes (B, h, w) int64, each in [0, num_embeddings). Raises `ValueError` as `encode`."""
-        z_BNE = self.in_proj(self.standardize(self.encode(images_B3HW)))
-        return self.simvq.find_codes(z_BNE).unflatten(1, self._grid(images_B3HW))
+        """Codes (B, h, w) int64, each in [0, num_embeddings).
+
+        Raises `ValueError` as `encode` does, and where the features are not finite.
+        """
+        images_B3HW = self._at_encoder_scale(images_B3HW)
+        z_BNE = self.in_proj(self.standardize(self._encode(images_B3HW)))
+        self.quantizer.check_finite(z_BNE)
+        return self.quantizer.find_codes(z_BNE).unflatten(1, self._grid(images_B3HW))
 
     def decode_from_indices(self, indices_Bhw: Tensor) -> Tensor:
-        """Codes (B, h, w) of any grid -> images (B, 3, H, W) in [0, 1], fp32, a patch a code.
+        """Codes (B, h, w) of any grid -> images (B, 3, h*q, w*q) in [0, 1], fp32.
 
         Raises `ValueError` for another shape and for an index outside [0, num_embeddings).
         """
         if indices_Bhw.ndim != 3:
             raise ValueError(f"indices have shape {tuple(indices_Bhw.shape)}, not (B, h, w)")
-        z_q_BNE = self.simvq.get_codebook_entry(indices_Bhw.flatten(1))
+        z_q_BNE = self.quantizer.get_codebook_entry(indices_Bhw.flatten(1))
+        z_q_BNE = z_q_BNE.to(self.decoder.head.weight.dtype)  # moving averages are fp32 always
         patches_BhwP, _ = self.decoder(self.out_proj(z_q_BNE), *indices_Bhw.shape[1:])
         return to_images(patches_BhwP)
 
+    def resize_for_encoder(self, images_B3HW: Tensor) -> Tensor:
+        """Images at the output's scale, q pixels a token, as the encoder sees them, p a token.
+
+        Bicubic with antialiasing, clamped to [0, 1], fp32. Where q = p they stay as they are.
+        Raises `ValueError` where a side is no multiple of q.
+        """
+        p, q = self.config.patch_size, self.config.output_patch_size
+        if p == q:
+            return images_B3HW
+        H, W = images_B3HW.shape[2:]
+        if H % q or W % q:
+            raise ValueError(f"images have {H} x {W} pixels: the output has multiples of {q}")
+        size = (H // q * p, W // q * p)
+        return F.interpolate(images_B3HW.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
+
     def get_codebook_usage(self) -> float:
         """Fraction of codes used since the last reset, 0..1."""
-        return self.simvq.get_codebook_usage()
+        return self.quantizer.get_codebook_usage()
 
     def resets(self) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
         """Each module with parameters of its own, and the call that draws them anew."""
         yield from self.encoder.resets()
-        ours = (self.in_proj, self.simvq, self.out_proj, self.decoder)
+        yield from self.quantizer.resets()
+        ours = (self.in_proj, self.out_proj, self.decoder)
         for module in (m for part in ours for m in part.modules()):
             if any(True for _ in module.parameters(recurse=False)):
                 yield module, module.reset_parameters
@@ -187,17 +220,47 @@ class VQRAE(nn.Module):
         config, weights = read_config(folder), WeightFolder(folder)
         with torch.device("meta"):  # no value is drawn only to be overwritten
             model = cls(config=config, freeze_encoder=False, attention=attention)
-        dtype = weights.read("out_proj.weight").dtype  # a frozen encoder may be stored in less
+        dtype = weights.read("decoder.head.weight").dtype  # a frozen encoder may be stored in less
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model.to_empty(device="cpu")
         copy_weights(model, weights)
-        model.simvq.reset_codebook_usage()  # the only tensor that is not stored
+        model.quantizer.reset_unsaved_buffers()
         return model.eval()
+
+    def _encode(self, images_B3HW: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            return self.encoder(images_B3HW)
+
+    def _at_encoder_scale(self, images_B3HW: Tensor) -> Tensor:
+        p, q = self.config.patch_size, self.config.output_patch_size
+        sides = images_B3HW.shape[2:]
+        if any(side % p for side in sides) and not any(side % q for side in sides):
+            return self.resize_for_encoder(images_B3HW)
+        return images_B3HW
 
     def _grid(self, images_B3HW: Tensor) -> tuple[int, int]:
         H, W = images_B3HW.shape[2:]
         return H // self.config.patch_size, W // self.config.patch_size
+
+
+def _standardization(kind: str, width: int) -> nn.Module:
+    if kind == "calibrated":
+        return Standardize(width)
+    return nn.Identity() if kind == "none" else nn.LayerNorm(width, elementwise_affine=False)
+
+
+def _quantizer(config: ModelConfig, search: Search) -> Quantizer:
+    size = (config.num_embeddings, config.embedding_dim, config.commitment_cost)
+    if not config.use_simvq:
+        return EMACodebook(*size, config.ema_decay, search=search)
+    return SimVQ(
+        *size,
+        config.legacy,
+        bias=config.codebook_projection_bias,
+        projection_init=config.codebook_projection_init,
+        search=search,
+    )
 
 
 def to_images(patches_BhwP: Tensor) -> Tensor:

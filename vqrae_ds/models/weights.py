@@ -6,6 +6,7 @@ No pickle.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,13 +74,19 @@ def check_names(expected: set[str], found: set[str], source: object) -> None:
 
 
 @torch.no_grad()
-def copy_weights(model: nn.Module, weights: WeightFolder) -> None:
+def copy_weights(
+    model: nn.Module,
+    weights: WeightFolder,
+    leaves_out: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Copy every tensor of `weights` into `model`, whose dtypes stay.
 
-    Raises `ValueError`, before anything is copied, on a missing, extra or misshaped tensor.
+    `leaves_out` says which tensors the model has no use for. Raises `ValueError`, before anything
+    is copied, on a missing, extra or misshaped tensor.
     """
     targets = model.state_dict()
-    check_names(set(targets), weights.names(), weights.folder)
+    found = {name for name in weights.names() if not leaves_out(name)}
+    check_names(set(targets), found, weights.folder)
     for name, target in targets.items():
         shape, expected = weights.shape(name), tuple(target.shape)
         if shape != expected:

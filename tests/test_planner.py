@@ -1,0 +1,269 @@
+"""The planner against published sizes, arithmetic by hand, and what DeepSpeed really keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.config_files import write_files
+from tests.conftest import ROOT, run_python
+from tests.distributed import run_ranks
+from vqrae_ds.config import Run, read_run
+from vqrae_ds.losses import perceptual
+from vqrae_ds.models.training_model import TrainingModel
+from vqrae_ds.models.vqrae import VQRAE
+from vqrae_ds.planner import GB, Part, Plan, describe_plan, plan, state_bytes
+
+
+def run_of(recipe: str, *overrides: str, deepspeed: str = "", gpus: int = 2) -> Run:
+    """A recipe of ds_configs with the JSON of its stage, or another one."""
+    machine = "cpu" if recipe.startswith("tiny") else "zero3"
+    deepspeed = deepspeed or f"stage{recipe[-1]}_{machine}"
+    files = (f"ds_configs/{recipe}.yaml", f"ds_configs/{deepspeed}.json")
+    paths = (ROOT / file for file in files)
+    return read_run(*paths, overrides=overrides, world_size=gpus, check_paths=False)
+
+
+def parts_of(plan: Plan) -> dict[str, Part]:
+    return {part.name: part for part in plan.parts}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "count"),
+    [
+        ("internvit_6b/stage1", 5_536_496_000),
+        ("internvit_6b/v1_0_224px_stage1", 5_902_793_600),  # published: 5903 M
+        ("internvit_6b/v1_0_448px_stage1", 5_905_251_200),
+        ("internvit_300m/stage1", 304_012_288),  # published: 304 M
+        ("siglip_l/stage1", 303_686_656),
+        ("siglip2_so400m/stage1", 412_647_408),
+        ("dinov2_b/stage1", 86_578_176),
+        ("dinov2_b/registers_stage1", 86_581_248),
+    ],
+)
+def test_size_of_the_encoder(recipe: str, count: int) -> None:
+    """SigLIP and DINOv2 without the 2 x width of their last norm: `wNorm` leaves them out."""
+    encoder = plan(run_of(recipe)).parts[0]
+    assert (encoder.name, encoder.count, encoder.kind) == ("encoder", count, "frozen")
+
+
+def test_the_other_number_of_the_6b_is_explained() -> None:
+    text = describe_plan(plan(run_of("internvit_6b/stage1")), 8, 80)
+    assert "5,536,496,000" in text and "6,400 more: 5,536,502,400" in text
+    assert plan(run_of("dinov2_b/stage1")).note == ""
+
+
+def test_a_cut_encoder_is_mirrored() -> None:
+    parts = parts_of(plan(run_of("internvit_6b/v1_0_448px_stage1", "model.feature_layer=-4")))
+    assert parts["encoder"].count == 5_536_496_000, "45 of the 48 blocks: V1.2's size"
+    assert "45 blocks x 3200, 25 heads (3 more in the" in parts["encoder"].what
+    assert parts["decoder"].what.startswith("45 blocks x 3200, 25 heads, 14 x 14 px")
+
+
+def test_parts_of_the_6b_by_hand() -> None:
+    """Stage 2 of the symmetric model: width D, mlp M, 25 heads of 128, codes of E."""
+    D, M, E = 3200, 12800, 1536
+    block = (3 * D * D + 3 * D) + (D * D + D) + 2 * 128  # qkv, proj, the norm of a head's q and k
+    block += (D * M + M) + (M * D + D) + 2 * D + 2 * D  # mlp, two RMS norms, two layer scales
+    side = 3 * 14 * 14
+    expected = {
+        "encoder": (5_536_496_000, "trained"),
+        "teacher": (5_536_496_000, "frozen"),
+        "projections": ((D * E + E) + (E * D + D), "trained"),
+        "codebook": (16384 * E, "frozen"),
+        "code projection": (E * E + E, "trained"),
+        "decoder": (45 * block + 256 * D + D + (D * side + side), "trained"),
+        "buffers": (2 * D, "buffers"),
+        "LPIPS": (14_714_688 + 1472, "frozen"),
+    }
+    parts = parts_of(plan(run_of("internvit_6b/stage2")))
+    assert {name: (part.count, part.kind) for name, part in parts.items()} == expected
+
+
+@pytest.mark.parametrize("recipe", ["internvit_300m/stage1", "siglip_l/stage2", "tiny/stage2"])
+def test_the_parts_are_the_whole_model(recipe: str) -> None:
+    run = run_of(recipe)
+    with torch.device("meta"):
+        vqrae = VQRAE(config=run.config.model, freeze_encoder=run.config.stage == 1)
+        teacher = VQRAE(config=run.config.model).encoder if run.config.stage == 2 else None
+    model, planned = TrainingModel(vqrae, teacher), plan(run)
+    for kind, trains in (("trained", True), ("frozen", False)):
+        ours = (p.count for p in planned.parts if p.kind == kind and p.engine == "generator")
+        theirs = (p.numel() for p in model.parameters() if p.requires_grad == trains)
+        assert sum(ours) == sum(theirs)
+
+
+def test_lpips_is_as_large_as_its_network() -> None:
+    graph = perceptual._build_graph()
+    (row,) = (p for p in plan(run_of("tiny/stage1")).parts if p.name == "LPIPS")
+    assert row.count == sum(parameter.numel() for parameter in graph.parameters())
+
+
+def test_a_codebook_of_moving_averages_is_in_buffers() -> None:
+    parts = parts_of(plan(run_of("dinov2_b/initial_stage1")))
+    assert "codebook" not in parts and "code projection" not in parts
+    assert parts["buffers"].count >= 2 * 768 + 2 * 8192 * 768
+    assert parts["buffers"].what.startswith("EMA codebook: 8,192 codes of 768")
+
+
+def test_terms_that_are_off_take_nothing() -> None:
+    off = ("losses.perceptual=null", "losses.distillation.teacher.weight=0")
+    assert {"LPIPS", "teacher"}.isdisjoint(parts_of(plan(run_of("tiny/stage2", *off))))
+    assert "discriminator" not in parts_of(plan(run_of("tiny/stage1", "losses.adversarial=null")))
+
+
+@pytest.mark.parametrize(("stage", "generator"), [(1, 13.9), (2, 26.3)])
+def test_states_of_the_6b_on_8_gpus(stage: int, generator: float) -> None:
+    """bf16, fp32 gradients, masters, Adam: (18 x trained + 2 x frozen) / 8, and the small rest."""
+    planned = plan(run_of(f"internvit_6b/stage{stage}"))
+    parts, sizes = parts_of(planned), state_bytes(planned, 8)
+    by_hand = sum(
+        part.count * (18 if part.kind == "trained" else 2) / 8
+        for part in planned.parts
+        if part.engine == "generator"
+    )
+    assert round(by_hand / GB, 1) == generator
+    rest = 4 * (parts["buffers"].count + parts["LPIPS"].count)
+    if stage == 1:  # ZeRO-1: parameters and both gradients whole, masters and Adam divided
+        rest += parts["discriminator"].count * (2 + 6 + 12 / 8)
+    assert sum(sizes) == pytest.approx(by_hand + rest)
+    text = describe_plan(planned, 8, 80)
+    total = f"model states {sum(sizes) / GB:.1f} GB of 80 GB a GPU, of which the generator"
+    assert f"{total} {generator}" in text and "does not fit" not in text
+
+
+def test_the_way_out_of_too_little_memory() -> None:
+    planned = plan(run_of("internvit_6b/stage2", gpus=1))
+    text = describe_plan(planned, 1, 24)
+    assert "that does not fit; from 16 GPUs on the states do: 13.2 GB a GPU" in text
+    micro = "deepspeed.train_micro_batch_size_per_gpu=64"
+    run = run_of("internvit_300m/stage2", micro, deepspeed="stage2_one_gpu", gpus=1)
+    text = describe_plan(plan(run), 1, 1)
+    assert "does not fit on any number of GPUs up to 4" in text and "ZeRO-2 keeps some" in text
+
+
+def test_the_batch_must_be_divided_by_the_gpus() -> None:
+    with pytest.raises(ValueError, match="with this micro batch it can run on 1, 2, 4, 8 ranks"):
+        describe_plan(plan(run_of("internvit_6b/stage1")), 3, 80)
+
+
+ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+MIXED = {"bf16": {"enabled": True}}
+SUMMED_IN_FP32 = {**MIXED, "data_types": {"grad_accum_dtype": "fp32"}}
+PRECISIONS = {"fp32": {}, "bf16": MIXED, "bf16_summed_in_fp32": SUMMED_IN_FP32}
+SIDE, LAYERS, RANKS = 512, 4, 2
+SMALL_BUFFERS = {"reduce_bucket_size": 1e4, "allgather_bucket_size": 1e4}
+NOTHING_KEPT = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+
+
+def measure(rank: int, folder: Path) -> None:
+    """Bytes a trained element that a rank holds between two micro batches; as many are frozen."""
+    import deepspeed
+
+    measured, engines, earlier = {}, [], []
+    cases = list(itertools.product((1, 2, 3), PRECISIONS))
+    for stage, name in [cases[0], *cases]:  # the first engine makes what all of a process share
+        earlier += tensors()  # kept alive, so that no address is used twice
+        before = storages(earlier)
+        config = {
+            "train_batch_size": 4 * RANKS,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 1.0,
+            "optimizer": ADAMW,
+            "zero_optimization": {"stage": stage, **SMALL_BUFFERS},
+            **PRECISIONS[name],
+        }
+        init = contextlib.nullcontext()
+        if stage == 3:
+            config["zero_optimization"] |= NOTHING_KEPT
+            init = deepspeed.zero.Init(config_dict_or_path=config)
+        with init:
+            layers = [nn.Linear(SIDE, SIDE, bias=False) for _ in range(2 * LAYERS)]
+            model = nn.Sequential(*layers)
+        model[LAYERS:].requires_grad_(False)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+        x_BD = torch.randn(1, SIDE, dtype=torch.float32 if name == "fp32" else torch.bfloat16)
+        for _ in range(6):  # a step of 4, then 2 that are summed up
+            engine.backward(engine(x_BD).float().square().mean())
+            engine.step()
+        after = storages(tensors())
+        new = sum(size for address, size in after.items() if address not in before)
+        measured[f"{name}_zero{stage}"] = new / (LAYERS * SIDE * SIDE)
+        engines.append(engine)
+    (folder / f"measured{rank}.json").write_text(json.dumps(measured))
+
+
+def tensors() -> list[torch.Tensor]:
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
+
+
+def storages(tensors: list[torch.Tensor]) -> dict[int, int]:
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+@pytest.mark.slow
+def test_the_bytes_are_those_that_deepspeed_keeps(tmp_path: Path) -> None:
+    run_ranks(RANKS, measure, tmp_path)
+    measured = json.loads((tmp_path / "measured0.json").read_text())
+    parts = tuple(
+        Part(kind, LAYERS * SIDE * SIDE, kind, "generator", "") for kind in ("trained", "frozen")
+    )
+    for stage, (name, precision) in itertools.product((1, 2, 3), PRECISIONS.items()):
+        deepspeed = {"optimizer": ADAMW, "zero_optimization": {"stage": stage}, **precision}
+        run = run_of("tiny/stage1")._replace(deepspeed=deepspeed)
+        planned = sum(state_bytes(Plan(run, parts, ""), RANKS)) / (LAYERS * SIDE * SIDE)
+        assert measured[f"{name}_zero{stage}"] == pytest.approx(planned, rel=0.01), (name, stage)
+
+
+def plan_memory(folder: Path, *arguments: str) -> Any:
+    files = ("--config", str(folder / "config.yaml"))
+    files += ("--deepspeed_config", str(folder / "deepspeed.json"))
+    return run_python("tools/plan_memory.py", *files, *arguments)
+
+
+def test_the_tool_needs_neither_data_nor_weights(tmp_path: Path) -> None:
+    write_files(tmp_path, "data.train=gone", "losses.adversarial={}", "run.output_dir=gone")
+    done = plan_memory(tmp_path, "--gpus", "8", "--gpu-memory", "80", "model.num_embeddings=64")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "batch:  64 = 1 micro x 8 accumulated x 8 ranks" in done.stdout
+    assert "SimVQ: 64 codes of 1536" in done.stdout and "of 80 GB a GPU" in done.stdout
+    shown = run_python("tools/plan_memory.py", "--help")
+    assert shown.returncode == 0 and "--gpus 8 --gpu-memory 80" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gpus", "3"], "with this micro batch it can run on 1, 2, 4, 8 ranks"),
+        (["--gpus", "0"], "--gpus 0 is not a number of GPUs: 1 or more"),
+        (["--gpus", "x"], "argument --gpus: invalid int value: 'x' (--help shows an example)"),
+        (["--gpus", "8", "--gpu-memory", "0"], "--gpu-memory 0 is not a size in GB: above 0"),
+        (["--gpus", "8", "run.epoch=3"], "run.epoch = 3 is not a key of the YAML; did you mean"),
+        ([], "the following arguments are required: --gpus (--help shows an example)"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    write_files(tmp_path)
+    start = time.perf_counter()
+    done = plan_memory(tmp_path, "--gpu-memory", "80", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert expected in done.stderr
+    assert time.perf_counter() - start < 2, "before torch is imported"

@@ -1,0 +1,203 @@
+"""First values of the weights: which file each comes from, and the proof that all were set.
+
+Poison, then prove: everything is NaN before it is filled, so what stays without a value is found
+and named, on whichever rank it lies. `engines` does the filling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vqrae_ds.config import TrainConfig
+from vqrae_ds.models.training_model import TrainingModel
+from vqrae_ds.models.weights import WeightFolder, check_names
+
+logger = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+    """Where the first value of a tensor comes from."""
+
+    folder: WeightFolder
+    name: str
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU. Raises `ValueError` where it holds NaN or infinity."""
+        tensor = self.folder.read(self.name)
+        _check_finite(tensor, self.name, self._file)
+        return tensor
+
+    def _file(self) -> Path:
+        """To name it in a message: the folder may hold many."""
+        for path in sorted(self.folder.folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                if self.name in file.keys():  # noqa: SIM118, it is no dict
+                    return path
+        return self.folder.folder
+
+
+def find_sources(model: TrainingModel, config: TrainConfig) -> dict[str, Source]:
+    """By name of the model. Precedence: 1. consolidated folder, 2. pretrained encoder, 3. nothing.
+
+    Raises `ValueError` where names or shapes of the files do not fit the model; no value is read.
+    """
+    expected = set(model.state_dict())
+    if config.init.model is not None:
+        folder = WeightFolder(config.init.model)
+        sources = {f"vqrae.{name}": Source(folder, name) for name in folder.names()}
+        if model.teacher is not None:
+            encoder = [n for n in folder.names() if n.startswith("encoder.")]
+            sources |= {f"teacher.{n.removeprefix('encoder.')}": Source(folder, n) for n in encoder}
+    elif config.init.encoder_weights is not None:
+        folder = WeightFolder(config.init.encoder_weights)
+        used = [name for name in folder.names() if not model.vqrae.encoder.leaves_out(name)]
+        sources = {f"vqrae.encoder.model.{name}": Source(folder, name) for name in used}
+        expected = {name for name in expected if name.startswith("vqrae.encoder.model.")}
+    else:
+        logger.warning("no encoder weights: the encoder is UNTRAINED, its features mean nothing")
+        return {}
+    check_names(expected, set(sources), folder.folder)
+    _check_shapes(model, sources)
+    return sources
+
+
+def copy(targets: Mapping[str, Tensor], sources: Mapping[str, Source]) -> None:
+    """Set those of the tensors that have a source. Raises `ValueError` as `Source.read` does."""
+    for name, target in targets.items():
+        if name in sources:
+            target.data.copy_(sources[name].read())
+
+
+def stored_tensors(model: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:
+    """The tensors of each module itself that a state dict holds, by their name in `model`."""
+    stored = set(model.state_dict())
+    found = {}
+    for path, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        named = {f"{path}.{name}" if path else name: tensor for name, tensor in own}
+        found[module] = {name: tensor for name, tensor in named.items() if name in stored}
+    return found
+
+
+@contextlib.contextmanager
+def uninitialized_is_nan() -> Iterator[None]:
+    """Inside, new memory without a value is NaN: PyTorch's deterministic mode sees to it."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
+@torch.no_grad()
+def poison(model: nn.Module, buffers: Collection[str]) -> None:
+    """Set all parameters and the named buffers to NaN."""
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, share in _shares(model):
+        if name in parameters or name in buffers:
+            share.fill_(math.nan)
+
+
+@torch.no_grad()
+def check_filled(model: nn.Module) -> None:
+    """Raise `AssertionError`, on all ranks together, naming every tensor that is not all finite.
+
+    The weight files hold no such values (`Source.read`): it is our bug.
+    """
+    mine = [name for name, share in _shares(model) if not _is_finite(share)]
+    unfilled = {name: None for names in _gather(mine) for name in names}
+    assert not unfilled, f"no value was given to {', '.join(unfilled)}"
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """What fails on one rank fails on all: alone it would leave its peers waiting for it."""
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    kind = ValueError if isinstance(own, ValueError) else RuntimeError
+    failures = _gather(own and (kind, str(own) if kind is ValueError else repr(own)))
+    if own is not None:
+        raise own
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            kind, text = failure
+            raise kind(text if kind is ValueError else f"rank {rank} failed: {text}")
+
+
+def load_discriminator(discriminator: nn.Module, folder: str) -> None:
+    """A discriminator that stage 1 trained goes on in stage 2; without one it starts anew.
+
+    Raises `ValueError` for a file that does not fit, or that holds NaN or infinity.
+    """
+    path = Path(folder) / "discriminator.safetensors"
+    if not path.is_file():
+        logger.info("%s does not exist: the discriminator starts untrained", path)
+        return
+    weights = load_file(path)
+    for name, tensor in weights.items():
+        _check_finite(tensor, name, lambda: path)
+    try:
+        discriminator.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not fit losses.adversarial (channels, num_layers): {error}"
+        ) from error
+
+
+def _shares(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What this rank holds of each tensor of floats, by name."""
+    for name, parameter in model.named_parameters():
+        share = getattr(parameter, "ds_tensor", None)
+        if share is None:
+            yield name, parameter.data
+        else:  # under ZeRO-3 a rank has a flat piece of each; the last ones are padded
+            start = parameter.ds_zero_partition_rank * share.ds_numel
+            yield name, share.data[: max(parameter.ds_numel - start, 0)]
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            yield name, buffer.data
+
+
+def _gather(mine: Any) -> list[Any]:
+    """The objects of all ranks, in their order."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all of `tensor` is finite, found without a mask of its size."""
+    return tensor.numel() == 0 or all(x.isfinite().item() for x in torch.aminmax(tensor))
+
+
+def _check_finite(tensor: Tensor, name: str, file: Callable[[], Path]) -> None:
+    if not _is_finite(tensor):
+        raise ValueError(
+            f"{name} in {file()} holds NaN or infinity: the file is damaged or of a run that "
+            "diverged, take another"
+        )
+
+
+def _check_shapes(model: nn.Module, sources: Mapping[str, Source]) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in sources:
+            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+            found = sources[name].folder.shape(sources[name].name)
+            if found != shape:
+                where = f"{sources[name].name} in {sources[name].folder.folder}"
+                raise ValueError(f"{where} has shape {found}, the model {shape}")
