@@ -6,9 +6,9 @@ ds_configs/stage1_zero3.json, in the first 500 steps of its warm-up.
 
 What is found, and no more: with the offset a handful of codes is in use. SimVQ alone does not get
 out of it in 500 steps. With a layer before it it learns its way out, but only after hundreds of
-steps in which one code stands for everything; features in small units need more steps still. A LayerNorm is no way out: it scales the offset to
-1, and what differs between tokens to nearly nothing. Standardised features use the codebook from
-the first step, whatever their offset and unit.
+steps in which one code stands for everything; features in small units need more steps still. A
+LayerNorm is no way out: it scales the offset to 1, and what differs between tokens to nearly
+nothing. Standardised features use the codebook from the first step, whatever their offset and unit.
 
 Shapes: N tokens of a step, D width of the features, F directions in which they vary, E codebook
 dimension, K codes.

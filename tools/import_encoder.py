@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help="checkpoint folder")
     parser.add_argument("output", metavar="OUT", type=Path, help="new folder for the encoder")
     parser.add_argument(
-        "--from-hub", metavar="NAME", help="instead of SOURCE: a model of the Hugging Face hub"
+        "--from-hub", metavar="NAME", help="instead of SOURCE: a model of the hub, all its weights"
     )
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="keep", help="of the weights; default: as they are"

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -29,7 +27,12 @@ from transformers.initialization import no_init_weights
 
 from vqrae_ds import first_weights
 from vqrae_ds.config import LearningRateMultiplierConfig, Run
-from vqrae_ds.first_weights import Source, failing_together, uninitialized_is_nan
+from vqrae_ds.first_weights import (
+    Source,
+    failing_together,
+    freed_memory_returned,
+    uninitialized_is_nan,
+)
 from vqrae_ds.models.discriminator import PatchDiscriminator
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
@@ -96,27 +99,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return tensor / dist.get_world_size()
 
 
-@contextlib.contextmanager
-def _freed_memory_returned() -> Iterator[None]:
-    """Inside, memory of freed tensors goes back to the system at once.
-
-    The C library keeps blocks of up to 32 MB, more of them with each that is freed: partitioning
-    a model in host memory then leaves a process with more than the whole of it. Outside it keeps
-    them, which is faster.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc; others do not keep blocks
-    trim_threshold, mmap_threshold = -1, -3
-    if mallopt is not None:
-        mallopt(mmap_threshold, 1 << 20)
-    try:
-        yield
-    finally:
-        if mallopt is not None:
-            mallopt(mmap_threshold, 32 << 20)
-            mallopt(trim_threshold, 64 << 20)
-
-
-@_freed_memory_returned()
+@freed_memory_returned()
 def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     """The generator's engine. With `fill=False` the weights are NaN until a checkpoint sets them.
 

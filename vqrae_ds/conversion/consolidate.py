@@ -18,16 +18,13 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
-import os
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from tqdm import tqdm
 
+from vqrae_ds.conversion.output_folder import check_free, new_folder, progress_bar, sync
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.manifest import (
@@ -47,8 +44,6 @@ Target = Literal["stage2", "inference"]
 _RECORD_NAME = "conversion.json"
 _MODEL_PREFIX, _TEACHER_PREFIX = "vqrae.", "teacher."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-logger = logging.getLogger(__name__)
 
 
 def find_step_folder(path: Path) -> Path:
@@ -81,36 +76,26 @@ def consolidate(
     """Convert the step folder `checkpoint` into the new folder `output`.
 
     Memory stays at a few MB whatever the size of the model. `output` appears, complete and synced,
-    by a rename at the end. Raises `ValueError`, before anything is written, when `output` exists,
+    by a rename at the end. Raises `ValueError`, before anything is written, when `output` is there,
     when `dtype` is not float32 (or bfloat16, for inference), and when the checkpoint is incomplete
     or damaged, listing its damaged files.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    if output.exists():
-        raise ValueError(f"{output} exists already: remove it or choose another name")
+    check_free(output)
     _check_request(to, dtype)
     _check_intact(checkpoint, read_manifest(checkpoint))
     weights = _select_weights(checkpoint, to, dtype)
     total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in output.parent.glob(f".{output.name}.*.partial"):
-        logger.warning("%s: left by an interrupted conversion, or by one still running", leftover)
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
-    try:
-        with _bar(total, "writing", progress) as bar:
-            write_model(partial, weights["model"], max_shard_bytes, bar.update)
+    with new_folder(output) as folder:
+        with progress_bar(total, "writing", progress) as bar:
+            write_model(folder, weights["model"], max_shard_bytes, bar.update)
             if "discriminator" in weights:
-                path = partial / "discriminator.safetensors"
+                path = folder / "discriminator.safetensors"
                 write_file(path, weights["discriminator"], bar.update)
-        shutil.copyfile(checkpoint / "model_config.json", partial / "config.json")
-        _sync(partial / "config.json")
-        write_json_atomically(partial / _RECORD_NAME, _describe(checkpoint, to, dtype))
-        os.rename(partial, output)
-        _sync(output.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the rename
+        shutil.copyfile(checkpoint / "model_config.json", folder / "config.json")
+        sync(folder / "config.json")
+        write_json_atomically(folder / _RECORD_NAME, _describe(checkpoint, to, dtype))
 
 
 def verify(checkpoint: Path, output: Path, *, progress: bool = False) -> None:
@@ -127,7 +112,7 @@ def verify(checkpoint: Path, output: Path, *, progress: bool = False) -> None:
     weights = _select_weights(checkpoint, to, dtype)
     total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
     differences = []
-    with _bar(total, "verifying", progress) as bar:
+    with progress_bar(total, "verifying", progress) as bar:
         for stem, tensors in weights.items():
             differences += compare(output, stem, tensors, bar.update)
     if (output / "config.json").read_bytes() != (checkpoint / "model_config.json").read_bytes():
@@ -203,18 +188,3 @@ def _describe(checkpoint: Path, to: Target, dtype: torch.dtype) -> dict[str, Any
         "versions": manifest.versions,
         "source_manifest_xxh3_128": hash_file(checkpoint / MANIFEST_NAME).xxh3_128,
     }
-
-
-def _bar(total_bytes: int, what: str, progress: bool) -> tqdm:
-    """A progress bar in bytes on a terminal, a silent one otherwise."""
-    silent = None if progress else True
-    return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, disable=silent)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -34,7 +34,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     try:
         yield partial
         os.rename(partial, output)
-        _sync(output.parent)
+        sync(output.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the rename
 
@@ -45,9 +45,9 @@ def progress_bar(total_bytes: int, what: str, visible: bool) -> tqdm:
     return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, disable=silent)
 
 
-def _sync(folder: Path) -> None:
-    """Bring the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
