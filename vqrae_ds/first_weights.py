@@ -10,13 +10,12 @@ import contextlib
 import ctypes
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -36,16 +35,8 @@ class Source(NamedTuple):
     def read(self) -> Tensor:
         """The tensor, on the CPU. Raises `ValueError` where it holds NaN or infinity."""
         tensor = self.folder.read(self.name)
-        _check_finite(tensor, self.name, self._file)
+        _check_finite(tensor, self.name, self.folder.file_of(self.name))
         return tensor
-
-    def _file(self) -> Path:
-        """To name it in a message: the folder may hold many."""
-        for path in sorted(self.folder.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                if self.name in file.keys():  # noqa: SIM118, it is no dict
-                    return path
-        return self.folder.folder
 
 
 def find_sources(model: TrainingModel, config: TrainConfig) -> dict[str, Source]:
@@ -171,7 +162,7 @@ def load_discriminator(discriminator: nn.Module, folder: str) -> None:
         return
     weights = load_file(path)
     for name, tensor in weights.items():
-        _check_finite(tensor, name, lambda: path)
+        _check_finite(tensor, name, path)
     try:
         discriminator.load_state_dict(weights)
     except RuntimeError as error:
@@ -206,10 +197,10 @@ def _is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(x.isfinite().item() for x in torch.aminmax(tensor))
 
 
-def _check_finite(tensor: Tensor, name: str, file: Callable[[], Path]) -> None:
+def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
     if not _is_finite(tensor):
         raise ValueError(
-            f"{name} in {file()} holds NaN or infinity: the file is damaged or of a run that "
+            f"{name} in {file} holds NaN or infinity: the file is damaged or of a run that "
             "diverged, take another"
         )
 

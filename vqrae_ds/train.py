@@ -79,7 +79,7 @@ def prepare(run: Run) -> Setup:
     Raises `ValueError` where something that the run needs is missing or does not fit.
     """
     # Imported here, so that a mistake in the configuration does not wait for torch.
-    from vqrae_ds import checkpoint, engines
+    from vqrae_ds import checkpoint, engines, first_weights
     from vqrae_ds.calibration import calibrate
     from vqrae_ds.data.index import read_index
     from vqrae_ds.losses.objective import Objective
@@ -108,6 +108,7 @@ def prepare(run: Run) -> Setup:
     state = checkpoint.TrainState()
     if folder is not None:
         state = checkpoint.resume(folder, generator, discriminator)
+        first_weights.check_filled(generator.module)
     elif _needs_calibration(run):
         images = _training_batches(run, ranks, index, start=0)
         calibrate(generator, images, config.run.calibration_images, ranks.device)

@@ -36,12 +36,14 @@ class WeightFolder:
         if not has_weights(folder):
             raise ValueError(f"{self.folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         self._handle_of: dict[str, safe_open] = {}
+        self._file_of: dict[str, Path] = {}
         for path in [single] if single.is_file() else _shards(index):
             try:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read: {error}") from error
             self._handle_of |= dict.fromkeys(handle.keys(), handle)
+            self._file_of |= dict.fromkeys(handle.keys(), path)
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -50,6 +52,10 @@ class WeightFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the header. Raises `ValueError` where there is none."""
         return tuple(self._find(name).get_slice(name).get_shape())
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds one tensor, to name it in a message."""
+        return self._file_of[name]
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU. Raises `ValueError` where there is none."""
