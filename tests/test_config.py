@@ -184,6 +184,34 @@ def test_weights_of_another_model_are_refused(
         read(tmp_path, *stage2)
 
 
+def test_what_is_no_weight_may_change_between_the_stages(tmp_path: Path) -> None:
+    stage2 = consolidated(tmp_path, legacy=False, commitment_cost=0.5)
+    assert read(tmp_path, *stage2).config.model.commitment_cost == 0.25
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"num_hidden_layers": 4}, "num_hidden_layers = 3 of the encoder differs from 4 in "),
+        ({"patch_size": 16}, r"patch_size = \[8, 8\] of the encoder differs from 16 in "),
+        ({"model_type": "intern_vit_6b"}, "model_type = .* differs from .*intern_vit_6b"),
+    ],
+)
+def test_weights_of_another_encoder_are_refused(
+    tmp_path: Path, theirs: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "pretrained").mkdir()
+    weights = f"init.encoder_weights={tmp_path / 'pretrained'}"
+    assert read(tmp_path, weights).config.stage == 1, "weights without a configuration"
+    as_published = {**ENCODER, "image_size": 64, "initializer_range": 1e-10, "dtype": "bfloat16"}
+    path = tmp_path / "pretrained" / "config.json"
+    path.write_text(json.dumps(as_published))
+    assert read(tmp_path, weights).config.stage == 1
+    path.write_text(json.dumps({**as_published, **theirs}))
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, weights)
+
+
 def test_folder_of_weights_without_a_configuration(tmp_path: Path) -> None:
     stage2 = consolidated(tmp_path)
     (tmp_path / "weights" / "config.json").write_text("{")

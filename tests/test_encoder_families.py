@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.encoder_families import (
@@ -15,8 +19,10 @@ from tests.encoder_families import (
     random_images,
     small_encoder,
 )
+from vqrae_ds import VQRAE
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.positions import resize_positions
+from vqrae_ds.models.weights import SINGLE_FILE
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -86,6 +92,17 @@ def test_a_chosen_layer_and_a_plain_norm(family: str, feature_layer: int) -> Non
             norm = getattr(encoder.model, encoder.norm_path)
             assert isinstance(norm, nn.LayerNorm) and not list(norm.parameters())
         torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_beyond_the_configuration_are_not_left_out_but_refused(tmp_path: Path) -> None:
+    """The weights of a deeper version fit in every shape, and are another encoder."""
+    weights = small_encoder("siglip").model.state_dict()
+    extra = {n.replace("layers.2.", "layers.3."): w for n, w in weights.items() if "layers.2." in n}
+    save_file({**weights, **{n: w.clone() for n, w in extra.items()}}, tmp_path / SINGLE_FILE)
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["siglip"][1]))
+    for feature_layer in (-1, 1):
+        with pytest.raises(ValueError, match=r"unexpected encoder\.layers\.3\."):
+            VQRAE("SigLIP", tmp_path, 64, embedding_dim=16, feature_layer=feature_layer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

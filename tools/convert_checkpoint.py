@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from vqrae_ds.command_line import run_tool
+from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.conversion.consolidate import consolidate, find_step_folder, verify
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -20,7 +20,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def main() -> None:
     """Parse the command line, convert, and verify if asked to."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from vqrae_ds.command_line import run_tool
+from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.conversion.pretrained_encoders import import_encoder, verify_import
 from vqrae_ds.conversion.source_weights import download
 
@@ -26,7 +26,7 @@ _DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 def main() -> None:
     """Parse the command line, import, and verify if asked to."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help="checkpoint folder")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vqrae_ds.command_line import run_tool
+from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.data.decode import broken_images
 from vqrae_ds.data.index import find_images, index_shards, write_shards
 
@@ -20,7 +20,7 @@ examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         usage=USAGE,
         description=__doc__,
         epilog=EXAMPLES,

@@ -13,9 +13,8 @@ import argparse
 import math
 from pathlib import Path
 
-from vqrae_ds.command_line import run_tool
+from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.config import read_run
-from vqrae_ds.config.command_line import OneLineParser
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vqrae_ds import VQRAE
-from vqrae_ds.command_line import run_tool
+from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.data.decode import load_image
 from vqrae_ds.data.index import find_images
 from vqrae_ds.evaluation.report import image_grid, save_grid
@@ -23,7 +23,7 @@ example:
 
 def main() -> None:
     """Read the command line and write both files."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

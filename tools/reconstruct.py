@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 
 from vqrae_ds import VQRAE
-from vqrae_ds.command_line import run_tool
+from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.data.fit import Fit, load_fitted, on_one_canvas
 from vqrae_ds.evaluation.report import image_grid, save_grid
 
@@ -28,7 +28,7 @@ For resize and pad --size is what the short side is brought to first (default: a
 
 def main() -> None:
     """Read the command line, reconstruct, write the grid."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="folder of tools/convert_checkpoint.py")

@@ -1,12 +1,20 @@
-"""How a command ends: a user's mistake is one line on stderr and exit status 2."""
+"""Command lines: a user's mistake is one line on stderr and exit status 2."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises `ValueError` where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help shows an example)")
 
 
 def run_tool(main: Callable[[], None]) -> None:

@@ -45,6 +45,7 @@ PARTS = {  # part of `lr_multiplier` -> prefixes of parameter names
     "quantizer": ("vqrae.in_proj.", "vqrae.quantizer.", "vqrae.out_proj."),
     "decoder": ("vqrae.decoder.",),
 }
+UNDECAYED = ("position", "cls_token", "register_tokens")  # in names; vectors never decay
 
 
 class Ranks(NamedTuple):
@@ -126,7 +127,7 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
         fill_weights(model, sources)
     else:
         first_weights.poison(model, set(model.state_dict()))
-    groups = _parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
+    groups = parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
     if fill:
         first_weights.check_filled(model)
@@ -243,16 +244,16 @@ def _broadcast(buffer: Tensor) -> None:
     buffer.data.copy_(moved)
 
 
-def _parameter_groups(
+def parameter_groups(
     model: TrainingModel, optimizer_params: dict[str, Any], multiplier: LearningRateMultiplierConfig
 ) -> list[dict[str, Any]]:
-    """One group a part and kind: no decay on norms, biases, scales and position embeddings."""
+    """One group a part and kind: no decay on norms, biases, scales, positions and extra tokens."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = next(p for p, prefixes in PARTS.items() if name.startswith(prefixes))
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            decays = len(shape) >= 2 and "position" not in name and "cls_token" not in name
+            decays = len(shape) >= 2 and not any(word in name for word in UNDECAYED)
             groups.setdefault((part, decays), []).append(parameter)
     built = []
     for (part, decays), parameters in groups.items():

@@ -72,11 +72,8 @@ class Monitor:
     def __init__(self, run: Run, step: int) -> None:
         config = run.config
         self.run, self.folder = run, Path(config.run.output_dir)
-        tokens_an_image = (config.model.image_size // config.model.patch_size) ** 2
-        self.window = CodeWindow(
-            config.monitor.usage_window_tokens,
-            run.schedule.batch.global_batch * tokens_an_image,
-        )
+        tokens_a_step = run.schedule.batch.global_batch * config.model.grid_side**2
+        self.window = CodeWindow(config.monitor.usage_window_tokens, tokens_a_step)
         self._sums: dict[str, Tensor] = {}
         self._numbers: dict[str, int] = {}
         self._last = _Progress(time.monotonic(), step)

@@ -120,8 +120,7 @@ def describe_plan(plan: Plan, gpus: int, gpu_memory: float) -> str:
         f"bytes a trained parameter: {_describe_bytes(plan.run.deepspeed)}",
         f"ZeRO-{stage} divides {DIVIDED[stage]} by {gpus}",
         f"model states {total:.1f} GB of {gpu_memory:g} GB a GPU, of which the generator "
-        f"{generator / GB:.1f} (GB = 10^9 bytes); activations and buffers come on top (not yet "
-        "part of this plan)",
+        f"{generator / GB:.1f} (GB = 10^9 bytes); activations and buffers come on top",
     ]
     if total > gpu_memory:
         lines.append(_way_out(plan, gpu_memory))
@@ -192,10 +191,8 @@ def _note_on_the_encoder(vqrae: nn.Module, config: ModelConfig) -> str:
     names = [name for name, _ in vqrae.encoder.model.named_parameters()]
     if config.encoder_shape.model_type != "internvl_vision" or "layernorm.weight" in names:
         return ""
-    count, more = (
-        _count(dict(vqrae.encoder.named_parameters())),
-        2 * config.encoder_shape.hidden_size,
-    )
+    count = _count(dict(vqrae.encoder.named_parameters()))
+    more = 2 * config.encoder_shape.hidden_size
     return (
         "encoder: with the final LayerNorm that transformers' class has without use_mean_pooling, "
         f"{more:,} more: {count + more:,}"

@@ -126,6 +126,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrices_decay_and_nothing_else(family: str) -> None:
+    from vqrae_ds.config import LearningRateMultiplierConfig
+    from vqrae_ds.engines import parameter_groups
+
+    model = TrainingModel(build(family))
+    groups = parameter_groups(model, {"lr": 1.0}, LearningRateMultiplierConfig())
+    decaying = {id(p) for g in groups if "weight_decay" not in g for p in g["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decaying}
+    assert all(name.endswith(".weight") and "norm" not in name for name in names)
+    assert not [name for name in names if "position" in name or "token" in name]
+    matrices = {n for n, p in model.named_parameters() if p.ndim >= 2 and p.requires_grad}
+    kept = {name.rsplit(".", 1)[-1] for name in matrices - names} | {"weight"}
+    assert kept <= {"weight", "position_embeddings", "cls_token", "register_tokens"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_ranks_equal_one_process(trained: Path, name: str) -> None:

@@ -14,6 +14,7 @@ from vqrae_ds.calibration import calibrate
 from vqrae_ds.data.stream import Batch, EvaluationBatch
 from vqrae_ds.evaluation.metrics import psnr, validate
 from vqrae_ds.evaluation.summary import read_metrics
+from vqrae_ds.models.quantizer import Quantizer
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.monitor import Monitor
 
@@ -42,9 +43,28 @@ def measure(rank: int, folder: Path) -> None:
     of_codes.append(quantizer.get_codebook_statistics(dist.all_reduce))
     entry = monitor.log(1, 4, {"decoder": 0.1})
     monitor.close()
+    window = window_of_a_larger_output(folder / f"rank{rank}", quantizer)
     statistics = (model.vqrae.standardize.mean, model.vqrae.standardize.std)
     codebook = [tuple(s) for s in of_codes]
-    torch.save((validation.figures, entry, *statistics, codebook), folder / f"measured{rank}.pt")
+    measures = (validation.figures, entry, *statistics, codebook, window)
+    torch.save(measures, folder / f"measured{rank}.pt")
+
+
+def window_of_a_larger_output(folder: Path, quantizer: Quantizer) -> list[float]:
+    """How often codes 0, 1, 2 are in the window after a step with each, in this order.
+
+    A step has 4 images of 4 x 4 tokens, each of 16 x 16 pixels out of 8 x 8; the window 128 tokens.
+    """
+    model = {"output_patch_size": 16, "image_size": 64}
+    init = {"model": None, "allow_untrained_encoder": True}
+    run = make_run(folder, 1, model=model, init=init, monitor={"usage_window_tokens": 128})
+    monitor = Monitor(run, step=0)
+    for code in range(3):
+        quantizer.reset_codebook_usage()
+        quantizer.code_counts[code] = 64
+        monitor.window.add_step(quantizer)
+    monitor.close()
+    return monitor.window.counts()[:3].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +83,7 @@ def test_calibration_is_that_of_all_images(measured):
     model = build_model()
     with torch.no_grad():
         features = model.encode(torch.cat([images_of(0, 0), images_of(0, 1)])).double()
-    for _, _, mean, std, _ in ranks:
+    for _, _, mean, std, *_ in ranks:
         assert torch.allclose(mean.double(), features.mean((0, 1)), atol=1e-6)
         assert torch.allclose(std.double(), features.std((0, 1), correction=0), rtol=1e-5)
     assert torch.equal(ranks[0][2], ranks[1][2]) and torch.equal(ranks[0][3], ranks[1][3])
@@ -94,7 +114,12 @@ def test_logged_figures_are_means_over_ranks_and_micro_batches(measured):
 
 def test_statistics_of_the_codebook_are_those_of_all_ranks_until_the_reset(measured):
     _, ranks = measured
-    for *_, (alone, together, after_reset) in ranks:
+    for *_, (alone, together, after_reset), _ in ranks:
         assert alone == pytest.approx((3 / 64, 3, 61))
         assert together == pytest.approx((5 / 64, PERPLEXITY, 59))
         assert after_reset == (0, 0, 64)
+
+
+def test_the_window_counts_the_tokens_of_the_output(measured):
+    _, ranks = measured
+    assert [window for *_, window in ranks] == [[0, 64, 64]] * 2

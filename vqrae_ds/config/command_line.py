@@ -6,8 +6,9 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
+from vqrae_ds.command_line import OneLineParser
 from vqrae_ds.config.reading import Run, read_run
 
 EXAMPLE = """\
@@ -27,13 +28,6 @@ class CommandLine(NamedTuple):
 
     run: Run
     dry_run: bool
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Raises `ValueError` where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help shows an example)")
 
 
 def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:

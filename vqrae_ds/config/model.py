@@ -84,7 +84,7 @@ class ModelConfig(Section):
     legacy: bool = True  # which side of the SimVQ loss the commitment cost scales (models/simvq.py)
     codebook_projection_bias: bool = True
     codebook_projection_init: Literal["linear", "identity", "orthogonal"] = "linear"
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99  # of the moving averages
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99  # of the moving averages, a micro batch
     decoder: DecoderConfig = DecoderConfig()
 
     @property

@@ -21,6 +21,7 @@ from vqrae_ds.config.model import ModelConfig, resolve_model
 from vqrae_ds.config.schema import LossConfig, TrainConfig
 
 DEEPSPEED_PREFIX = "deepspeed."
+NOT_WEIGHTS = {"model.commitment_cost", "model.legacy", "model.ema_decay"}  # may change by stage
 
 YAML_NAMES = key_names(TrainConfig)
 # `enabled` or `type` alone does not say that a key belongs in the DeepSpeed JSON.
@@ -71,6 +72,7 @@ def read_run(
         if check_paths:
             _check_paths(config)
             _check_same_model(config)
+            _check_same_encoder(config)
         schedule = _schedule(config, raw_json, world_size)
     except ValueError as error:
         raise ValueError(f"{error}{_place_in_base(str(error), raw_yaml, recipe)}") from error
@@ -183,11 +185,32 @@ def _check_same_model(config: TrainConfig) -> None:
     model = check(ModelConfig, read_json(path, "init.model"), prefix=f"init.model: {path}: ")
     theirs, ours = (dict(_leaves(m.model_dump(), "model")) for m in (model, config.model))
     for name in ours | theirs:
-        if ours.get(name) != theirs.get(name):
+        if name not in NOT_WEIGHTS and ours.get(name) != theirs.get(name):
             raise ValueError(
                 f"{name} = {show(ours.get(name))} differs from {show(theirs.get(name))} in {path}: "
                 "init.model holds the weights of another model"
             )
+
+
+def _check_same_encoder(config: TrainConfig) -> None:
+    """Shapes do not tell one version of an encoder from another with more blocks or another eps."""
+    if config.init.encoder_weights is None or _has_checkpoint(config):
+        return
+    path = Path(config.init.encoder_weights) / "config.json"
+    if not path.is_file():  # the weights alone
+        return
+    ours, theirs = config.model.encoder_config, read_json(path, "init.encoder_weights")
+    for key in ours:
+        if key in theirs and key != "initializer_range" and _side(ours[key]) != _side(theirs[key]):
+            raise ValueError(
+                f"{key} = {show(ours[key])} of the encoder differs from {show(theirs[key])} in "
+                f"{path}: init.encoder_weights is not the encoder of model.encoder_config_path"
+            )
+
+
+def _side(value: Any) -> Any:
+    """Hugging Face writes a side as a number or as [height, width]."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -4,8 +4,8 @@ What is stored, in which dtype:
 
     tensor              stage2                        inference
     trained parameter   the fp32 master               cast to `dtype`
-    frozen parameter    as trained beside (bf16       cast to `dtype`
-                        stays bf16: nothing to gain)
+    frozen parameter    as it was in training         cast to `dtype`
+                        (bf16 runs have no more)
     float buffer        fp32                          fp32: they are feature statistics
     integer buffer      as it is                      as it is
     discriminator       discriminator.safetensors     left out

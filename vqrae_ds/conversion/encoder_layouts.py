@@ -92,7 +92,12 @@ _INTERNVIT = Layout(
     },
 )
 _INTERNVL_VISION = Layout("InternViT", "internvl_vision", unused=("embeddings.mask_token",))
-_SIGLIP = Layout("SigLIP", "siglip_vision_model", ("vision_model.", ""), unused=("head.",))
+_SIGLIP = Layout(
+    family="SigLIP",
+    model_type="siglip_vision_model",
+    prefixes=("vision_model.", ""),
+    unused=("head.", "embeddings.position_ids"),  # the latter, 0 to N - 1, in old exports
+)
 _DINOV2 = Layout(
     family="DINOv2",
     model_type="dinov2",
@@ -180,7 +185,9 @@ def build_tower(config: dict[str, Any], layout: Layout, where: Path) -> Tower:
     try:
         with torch.device("meta"):
             parameters = model_class(resolved).state_dict()
-    except (ValueError, KeyError) as error:  # heads that do not divide the width; an activation
+    except KeyError as error:
+        raise ValueError(f"{where}: the transformers library knows no {error} for it") from error
+    except ValueError as error:  # heads that do not divide the width
         raise ValueError(f"{where} is no configuration of {layout.family}: {error}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     return Tower(ours, {n: s for n, s in shapes.items() if not n.startswith(layout.unused)})

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqrae_ds.config.files import read_json
+from vqrae_ds.models.weights import shards_of
 
 # One file and the index of shards, in order of preference.
 _LAYOUTS = (
@@ -89,24 +89,9 @@ def _find_files(folder: Path) -> list[Path]:
         if len(found) == 2:
             raise ValueError(f"{folder}: {single} and {index} are both there: remove the outdated")
         if found:
-            return [folder / single] if found == [single] else _shards(folder / index)
+            return [folder / single] if found == [single] else shards_of(folder / index)
     names = ", ".join(name for layout in _LAYOUTS for name in layout)
     raise ValueError(f"{folder} holds no weights: none of {names}")
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files of an index. Which tensor lies where is read from the files themselves."""
-    weight_map = read_json(index, "the index of the weights").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map: it is not an index of weight files")
-    paths = []
-    for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}: only files beside it are read")
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name}, which is not there: download it")
-        paths.append(index.parent / name)
-    return paths
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """The plain baseline beside SimVQ: codes learned as moving averages (arXiv:1711.00937, A.1).
 
 State, update and its synchronisation over ranks are `VectorQuantize` of vector-quantize-pytorch.
-The search is ours, and so is the straight-through step: the library's forward keeps the tokens x
-codes distances, reads a flag back from the device each time, and its straight-through value
-`z + (code - z)` is not exactly the code.
+The search is ours, and so is the straight-through step: the library's forward reads a flag back
+from the device each time, and its straight-through value `z + (code - z)` is not exactly the code.
+Its update builds a one-hot matrix of tokens x codes, 12 bytes an entry, while it runs.
 
 Shapes: B batch, N tokens, D embedding dimension, K codes.
 """
@@ -24,8 +24,10 @@ class EMACodebook(Quantizer):
     """Vector quantiser whose K codes are moving averages of the tokens that found them.
 
     In training mode each `forward` and `quantize` moves the codes, after the tokens were quantised
-    and with the tokens of all ranks; nothing else moves them. The loss is `commitment_cost *
-    mse(z, code)` in fp32. No tricks: no k-means start, no replacing of dead codes, no rotation.
+    and with the tokens of all ranks; nothing else moves them. So they move once a micro batch, and
+    with the same global batch on fewer ranks more often: choose `decay` for the accumulation. The
+    loss is `commitment_cost * mse(z, code)` in fp32. No tricks: no k-means start, no replacing of
+    dead codes, no rotation.
 
     The codes are buffers, without gradient. Build it after the process group; who builds it sees to
     it that all ranks begin with the same codes.

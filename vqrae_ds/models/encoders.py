@@ -55,14 +55,14 @@ class Encoder(nn.Module):
         self, config: dict[str, Any], num_blocks: int, plain_norm: bool, attention: str
     ) -> None:
         super().__init__()
-        self.num_blocks = num_blocks
+        self.num_blocks, self._num_published = num_blocks, config["num_hidden_layers"]
         changes = {"num_hidden_layers": num_blocks, "attn_implementation": attention}
         self.model = self._build({**config, **changes})
         self.hidden_size = self.model.config.hidden_size
         sides = self.model.config.patch_size
         self.patch_size = sides if isinstance(sides, int) else sides[0]
         self._drops_norm = False
-        if plain_norm or num_blocks < config["num_hidden_layers"]:
+        if plain_norm or num_blocks < self._num_published:
             self._drops_norm = any(True for _ in getattr(self.model, self.norm_path).parameters())
             eps = self.model.config.layer_norm_eps
             plain = nn.LayerNorm(self.hidden_size, eps, elementwise_affine=False)
@@ -82,9 +82,13 @@ class Encoder(nn.Module):
         return tokens_BND[:, -num_patches:]  # class and register tokens come first
 
     def leaves_out(self, name: str) -> bool:
-        """Whether a tensor of the whole network belongs to a part that is not built here."""
+        """Whether a tensor of the whole network belongs to a part that is not built here.
+
+        What the configuration does not describe is no part of it.
+        """
         if name.startswith(f"{self.blocks_path}."):
-            return int(name.removeprefix(f"{self.blocks_path}.").split(".")[0]) >= self.num_blocks
+            number = int(name.removeprefix(f"{self.blocks_path}.").split(".")[0])
+            return self.num_blocks <= number < self._num_published
         return self._drops_norm and name.startswith(f"{self.norm_path}.")
 
     def resets(self) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
@@ -136,7 +140,12 @@ class SigLIP(Encoder):
 
 
 class DINOv2(Encoder):
-    """DINOv2 with and without registers (arXiv:2304.07193, 2309.16588)."""
+    """DINOv2 with and without registers (arXiv:2304.07193, 2309.16588).
+
+    Positions are interpolated as the transformers library does: by size, and with antialiasing for
+    the models with registers. The authors' own code scales by a factor with an offset of 0.1 for
+    those without, which shifts positions a little.
+    """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     blocks_path, norm_path = "encoder.layer", "layernorm"

@@ -26,11 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqrae_ds.config import ModelConfig, resolve_model
+from vqrae_ds.config.checking import check
+from vqrae_ds.config.files import read_json
 from vqrae_ds.models.decoder import Decoder, unpatchify
 from vqrae_ds.models.ema_codebook import EMACodebook
 from vqrae_ds.models.encoders import build_encoder
-from vqrae_ds.models.quantizer import Quantizer
-from vqrae_ds.models.simvq import Search, SimVQ
+from vqrae_ds.models.quantizer import Quantizer, Search
+from vqrae_ds.models.simvq import SimVQ
 from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, has_weights
 from vqrae_ds.ops.nearest_code import nearest_code
 
@@ -278,8 +280,9 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise ValueError(
             f"{path} does not exist: {folder} is not a folder of tools/convert_checkpoint.py"
         )
+    raw = read_json(path, "the model's folder")
     try:
-        return resolve_model(ModelConfig.model_validate_json(path.read_text()))
+        return resolve_model(check(ModelConfig, raw))
     except ValueError as error:
         raise ValueError(f"{path} does not describe a model: {error}") from error
 

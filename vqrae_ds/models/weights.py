@@ -5,13 +5,14 @@ No pickle.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from vqrae_ds.config.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,7 +38,7 @@ class WeightFolder:
             raise ValueError(f"{self.folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         self._handle_of: dict[str, safe_open] = {}
         self._file_of: dict[str, Path] = {}
-        for path in [single] if single.is_file() else _shards(index):
+        for path in [single] if single.is_file() else shards_of(index):
             try:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -101,10 +102,19 @@ def copy_weights(
         target.copy_(weights.read(name))
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files of an index. Which tensor lies where is read from the files themselves."""
-    try:
-        names = json.loads(index.read_text())["weight_map"].values()
-        return sorted({index.parent / name for name in names})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index names. Which tensor lies where is read from the files themselves.
+
+    Raises `ValueError` for what is no index, and for a file that is absent or not beside it.
+    """
+    weight_map = read_json(index, "the index of the weights").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map: it is not an index of weight files")
+    paths = []
+    for name in sorted(set(map(str, weight_map.values()))):
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}: only files beside it are read")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not there: download or copy it")
+        paths.append(index.parent / name)
+    return paths
