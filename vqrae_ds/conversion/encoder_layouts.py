@@ -174,6 +174,8 @@ def build_tower(config: dict[str, Any], layout: Layout, where: Path) -> Tower:
     given = _translate(_tower_section(config, layout, where), layout, where)
     # The fields of the class itself; those of its bases are of no meaning for the network.
     fields = [name for name in config_class.__annotations__ if name not in _BACKBONE_FIELDS]
+    if layout.model_type == "siglip_vision_model" and "vision_use_head" not in fields:
+        fields.append("vision_use_head")  # in transformers 5.20 the class reads it undeclared
     try:
         resolved = config_class(**{name: given[name] for name in fields if name in given})
     except StrictDataclassError as error:
