@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -36,6 +38,7 @@ from tests.reference_internvit import (
     write_chat,
     write_source,
 )
+from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.conversion.pretrained_encoders import import_encoder, verify_import
 from vqrae_ds.models.encoders import ENCODERS
 from vqrae_ds.models.weights import WeightFolder, copy_weights
@@ -86,8 +89,11 @@ def test_the_tool_imports_internvit_with_the_same_features(internvit, tmp_path):
     done = run_python(TOOL, str(source), "--verify", str(tmp_path / "out"))
     assert (done.returncode, done.stderr) == (0, "")
     count = sum(parameter.numel() for parameter in reference.parameters())
-    expected = f": InternViT, 3 blocks x 64, {count:,} parameters, float32, verified\n"
-    assert done.stdout.endswith(expected)
+    said, _, *snippet = done.stdout.splitlines()
+    assert said.endswith(f": InternViT, 3 blocks x 64, {count:,} parameters, float32, verified")
+    recipe = yaml.safe_load(textwrap.dedent("\n".join(snippet)))
+    assert resolve_model(ModelConfig(**recipe["model"])).decoder.num_layers == 3
+    assert recipe["init"] == {"encoder_weights": str(tmp_path / "out")}
     assert_same_features(load_internvit(tmp_path / "out"), reference)
 
 

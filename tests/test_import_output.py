@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -135,6 +136,17 @@ pretrained_encoders.import_encoder(*sys.argv[1:])
 """
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    state = randomize(ReferenceInternViT(SMALL)).state_dict()
+    name = "encoder.layers.1.attn.qkv.weight"
+    state[name][-1, 0] = value
+    source = write_source(tmp_path / "source", SMALL, state, "bin shards")
+    with pytest.raises(ValueError, match=f"{name} in .*pytorch_model-0.* holds NaN or infinity"):
+        import_encoder(source, tmp_path / "out")
+    assert names(tmp_path) == ["source"]
+
+
 def test_kill_9_leaves_no_output_and_does_not_block_the_next_attempt(source, tmp_path, caplog):
     done = run_code(KILLED, source, tmp_path / "out")
     assert done.returncode == -signal.SIGKILL
@@ -181,7 +193,7 @@ def test_memory_is_that_of_one_file_at_most(tmp_path, layout, dtype):
     """RssAnon: memory of our own; mapped pages of the files are the kernel's to take back."""
     config = {**LARGE, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
     source = tmp_path / "source"
-    state = ReferenceInternViT(config).state_dict()
+    state = randomize(ReferenceInternViT(config)).state_dict()
     write_weights(source, state, layout, shards=6)
     (source / "config.json").write_text(json.dumps(config))
     shards_mb = [path.stat().st_size / 2**20 for path in source.glob("*-of-00006.*")]

@@ -151,12 +151,12 @@ def test_a_command_resolves(path: Path, command: Command, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_what_comes_before_is_where_the_recipe_looks(path: Path) -> None:
-    init = resolve(commands(path)[0]).config.init
+    init, last = (resolve(commands(path)[n]).config.init for n in (0, -1))
     for arguments in lines_that_start("python tools/import_encoder.py ", path):
         assert arguments[-1] == init.encoder_weights
     for source, out, *rest in lines_that_start("python tools/convert_checkpoint.py ", path):
         assert source in stage_1_by_folder()
-        assert (out, rest) == (init.model, ["--to", "stage2"])
+        assert (out, rest) == (last.model, ["--to", "stage2"])
 
 
 def test_runs_do_not_share_a_folder() -> None:

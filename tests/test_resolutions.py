@@ -47,50 +47,44 @@ def test_encode_to_indices_and_back(family: str, height: int, width: int) -> Non
 
 
 @torch.no_grad()
-def test_224_pixels_at_patch_14_give_256_with_patches_of_16() -> None:
+def test_224_pixels_of_the_encoder_are_256_with_patches_of_16() -> None:
     model = build("internvit_6b", output_patch_size=16)
-    assert model.config.image_size == 256  # the encoder's 224 pixels are 16 x 16 tokens
-    images = random_images(224, 224)
-    indices = model.encode_to_indices(images)
-    assert indices.shape == (2, 16, 16)
-    assert model.decode_from_indices(indices).shape == (2, 3, 256, 256)
-    assert torch.equal(model.encode(images), model.encoder(images)), "seen as they are"
-
-
-@torch.no_grad()
-def test_images_of_the_output_s_size_are_resized_for_the_encoder() -> None:
-    model = build("internvit_6b", output_patch_size=16)
+    assert model.config.image_size == 256  # the encoder's own 224 are 16 x 16 tokens
     images = random_images(256, 384)
     seen = model.resize_for_encoder(images)
     expected = F.interpolate(images, (224, 336), mode="bicubic", antialias=True).clamp(0, 1)
     assert torch.equal(seen, expected)
     assert torch.equal(model.encode(images), model.encoder(seen))
-    assert torch.equal(model.encode_to_indices(images), model.encode_to_indices(seen))
+    indices = model.encode_to_indices(images)
+    assert indices.shape == (2, 16, 24)
+    assert model.decode_from_indices(indices).shape == images.shape
     same = build("internvit_6b")
     assert same.resize_for_encoder(images) is images
 
 
+@pytest.mark.parametrize("side", [224, 448])
 @torch.no_grad()
-def test_training_targets_are_always_at_the_output_s_scale() -> None:
-    """448 pixels are whole patches of 14 and of 16; a target of that side has 28 x 28 tokens."""
+def test_the_scale_is_never_guessed(side: int) -> None:
+    """These are whole patches of 14 and of 16 pixels: an image is at the output's scale always."""
     vqrae = build("internvit_6b", output_patch_size=16, image_size=448)
-    model, images = TrainingModel(vqrae, build("internvit_6b").encoder), random_images(448, 448)
-    output = model(images)
-    assert output.vqrae.indices_Bhw.shape == (2, 28, 28)
+    model, images = TrainingModel(vqrae, build("internvit_6b").encoder), random_images(side, side)
+    output, grid = model(images), side // 16
+    assert output.vqrae.indices_Bhw.shape == (2, grid, grid)
     assert output.vqrae.reconstruction.shape == images.shape
+    assert torch.equal(vqrae.encode_to_indices(images), output.vqrae.indices_Bhw)
     seen = vqrae.resize_for_encoder(images)
-    assert seen.shape == (2, 3, 392, 392)
+    assert seen.shape == (2, 3, 14 * grid, 14 * grid)
     assert torch.equal(output.vqrae.features_BND, vqrae.encoder(seen))
     assert torch.equal(output.teacher_features_BND, model.teacher(seen))
     assert vqrae.decoder.position.weight.shape[1] == 28 * 28, "learned on the grid of training"
 
 
-def test_sizes_that_fit_neither_scale_are_refused() -> None:
+@pytest.mark.parametrize("method", ["forward", "encode", "encode_to_indices", "resize_for_encoder"])
+def test_sizes_that_are_no_whole_tokens_are_refused(method: str) -> None:
     model = build("internvit_6b", output_patch_size=16)
-    with pytest.raises(ValueError, match="250 x 256 pixels.*14, the patch size; nearest: 238 or"):
-        model.encode(random_images(250, 256))
-    with pytest.raises(ValueError, match="250 x 256 pixels: the output has multiples of 16"):
-        model.resize_for_encoder(random_images(250, 256))
+    message = "252 x 256 pixels.* multiples of 16, the patch size; nearest: 240 or 256 for 252"
+    with pytest.raises(ValueError, match=message):
+        getattr(model, method)(random_images(252, 256))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +103,9 @@ def test_the_grid_follows_from_the_output(options: dict, image_size: int, grid: 
 
 
 def test_a_side_of_the_output_must_be_whole_tokens() -> None:
-    with pytest.raises(ValueError, match="image_size = 224 .* patch size 15; nearest: 210 or 225"):
+    with pytest.raises(
+        ValueError, match="= 224 .* of 15, model.output_patch_size; nearest: 210 or 225"
+    ):
         model_config("internvit_6b", output_patch_size=15, image_size=224)
 
 

@@ -49,9 +49,14 @@ def main() -> None:
     done = import_encoder(source, args.output, dtype=dtype, progress=True)
     if args.verify:
         verify_import(source, args.output, dtype=dtype, progress=True)
+    family = done.family.split()[0]
     print(
         f"{args.output}: {done.family}, {done.num_blocks} blocks x {done.hidden_size}, "
-        f"{done.num_parameters:,} parameters, {done.dtype}{', verified' if args.verify else ''}"
+        f"{done.num_parameters:,} parameters, {done.dtype}{', verified' if args.verify else ''}\n"
+        "in the YAML of a run:\n"
+        f"  model: {{encoder_cls: {family}, encoder_config_path: {args.output}}}"
+        f"   # or {family}wNorm, with a last norm without learned scale and shift\n"
+        f"  init: {{encoder_weights: {args.output}}}"
     )
 
 

@@ -27,7 +27,19 @@ def main() -> None:
     add("--deepspeed_config", required=True, metavar="JSON", type=Path, help="as for the trainer")
     add("--gpus", required=True, type=int, metavar="N", help="number of GPUs, one rank on each")
     add("--gpu-memory", required=True, type=float, metavar="GB", help="of one GPU, 10^9 bytes")
-    add("overrides", nargs="*", metavar="a.b=value", help="deepspeed.a.b=value for the JSON")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="of the YAML; deepspeed.a.b=value of the JSON",
+    )
+    add(
+        "--allow-untested-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="as for the trainer",
+    )
     args = parser.parse_intermixed_args()
     if args.gpus < 1:
         raise ValueError(f"--gpus {args.gpus} is not a number of GPUs: 1 or more")
@@ -38,6 +50,7 @@ def main() -> None:
         args.deepspeed_config,
         overrides=args.overrides,
         world_size=args.gpus,
+        allowed_keys=args.allow_untested_key,
         check_paths=False,
     )
     # Imported here, so that a mistake in the files does not wait for torch.

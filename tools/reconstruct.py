@@ -39,6 +39,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="where to run (default here: %(default)s)")
     args = parser.parse_args()
+    if args.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {args.device} is neither cpu nor cuda")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch sees no CUDA device here; use cpu")
     if args.size is not None and args.size < 1:
@@ -50,7 +52,7 @@ def main() -> None:
         fitted = load_fitted(path, args.fit, multiple=model.config.output_patch_size, size=size)
         image_13HW = fitted.image_3HW[None].to(args.device)
         with torch.no_grad():
-            indices_1hw = model.encode_to_indices(model.resize_for_encoder(image_13HW))
+            indices_1hw = model.encode_to_indices(image_13HW)
             images_hat_13HW = model.decode_from_indices(indices_1hw)
         for column, image in ((originals, image_13HW), (reconstructions, images_hat_13HW)):
             column.append(image[0, :, : fitted.height, : fitted.width].cpu())

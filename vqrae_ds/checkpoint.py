@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from vqrae_ds import manifest
-from vqrae_ds.config import Run
+from vqrae_ds.config import Run, check_same_model
 from vqrae_ds.models.vqrae import config_json
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ def _check_fits(folder: Path, found: manifest.Manifest, run: Run) -> None:
             f"{folder} was written by {found.world_size} ranks and this run has "
             f"{dist.get_world_size()}: start with the same number"
         )
+    check_same_model(run.config.model, folder / "model_config.json", "run.output_dir")
 
 
 def _load(engine: Any, folder: Path, tag: str) -> None:

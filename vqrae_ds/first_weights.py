@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vqrae_ds.config import TrainConfig
 from vqrae_ds.models.training_model import TrainingModel
-from vqrae_ds.models.weights import WeightFolder, check_names
+from vqrae_ds.models.weights import WeightFolder, check_names, is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ def find_sources(model: TrainingModel, config: TrainConfig) -> dict[str, Source]
     if config.init.model is not None:
         folder = WeightFolder(config.init.model)
         sources = {f"vqrae.{name}": Source(folder, name) for name in folder.names()}
+        if folder.read("decoder.head.weight").dtype != torch.float32:
+            logger.warning("%s was converted for inference: it starts rounded", folder.folder)
         if model.teacher is not None:
             encoder = [n for n in folder.names() if n.startswith("encoder.")]
             sources |= {f"teacher.{n.removeprefix('encoder.')}": Source(folder, n) for n in encoder}
@@ -108,7 +110,7 @@ def check_filled(model: nn.Module) -> None:
 
     The weight files hold no such values (`Source.read`): it is our bug.
     """
-    mine = [name for name, share in _shares(model) if not _is_finite(share)]
+    mine = [name for name, share in _shares(model) if not is_finite(share)]
     unfilled = {name: None for names in _gather(mine) for name in names}
     assert not unfilled, f"no value was given to {', '.join(unfilled)}"
 
@@ -192,13 +194,8 @@ def _gather(mine: Any) -> list[Any]:
     return everyone
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all of `tensor` is finite, found without a mask of its size."""
-    return tensor.numel() == 0 or all(x.isfinite().item() for x in torch.aminmax(tensor))
-
-
 def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise ValueError(
             f"{name} in {file} holds NaN or infinity: the file is damaged or of a run that "
             "diverged, take another"

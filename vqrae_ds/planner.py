@@ -194,8 +194,8 @@ def _note_on_the_encoder(vqrae: nn.Module, config: ModelConfig) -> str:
     count = _count(dict(vqrae.encoder.named_parameters()))
     more = 2 * config.encoder_shape.hidden_size
     return (
-        "encoder: with the final LayerNorm that transformers' class has without use_mean_pooling, "
-        f"{more:,} more: {count + more:,}"
+        f"transformers counts {count + more:,} for the encoder where it adds a final LayerNorm "
+        f"({more:,}), which the published one does not have"
     )
 
 

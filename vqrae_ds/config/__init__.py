@@ -6,7 +6,7 @@ Importing this package imports neither torch nor deepspeed: a mistake is reporte
 from vqrae_ds.config.command_line import parse_command_line
 from vqrae_ds.config.encoder import choose_encoder, nearest_multiples
 from vqrae_ds.config.model import DecoderConfig, ModelConfig, resolve_model
-from vqrae_ds.config.reading import Run, Schedule, describe, read_run
+from vqrae_ds.config.reading import Run, Schedule, check_same_model, describe, read_run
 from vqrae_ds.config.schema import (
     AdversarialConfig,
     DistillationConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "Run",
     "Schedule",
     "TrainConfig",
+    "check_same_model",
     "choose_encoder",
     "describe",
     "nearest_multiples",

@@ -64,7 +64,12 @@ def _build_parser() -> argparse.ArgumentParser:
         help="let this untested key of the DeepSpeed JSON through (may be repeated)",
     )
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the launcher
-    add("overrides", nargs="*", metavar="a.b=value", help="deepspeed.a.b=value for the JSON")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="of the YAML; deepspeed.a.b=value of the JSON",
+    )
     return parser
 
 

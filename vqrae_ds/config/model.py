@@ -152,8 +152,8 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     image_size = model.image_size or shape.image_size // shape.patch_size * output_patch_size
     if image_size % output_patch_size:
         raise ValueError(
-            f"model.image_size = {image_size} is not a multiple of the patch size "
-            f"{output_patch_size}; nearest: {nearest_multiples(image_size, output_patch_size)}"
+            f"model.image_size = {image_size} is not a multiple of {output_patch_size}, "
+            f"model.output_patch_size; nearest: {nearest_multiples(image_size, output_patch_size)}"
         )
     mirrored = {
         "hidden_size": shape.hidden_size,

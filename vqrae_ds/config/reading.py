@@ -177,19 +177,24 @@ def _has_checkpoint(config: TrainConfig) -> bool:
     return any(Path(config.run.output_dir).glob("checkpoints/step_*/manifest.json"))
 
 
+def check_same_model(ours: ModelConfig, path: Path, name: str) -> None:
+    """Raise `ValueError` where the model in the file `path`, of the setting `name`, is another."""
+    theirs = check(ModelConfig, read_json(path, name), prefix=f"{name}: {path}: ")
+    here, there = (dict(_leaves(m.model_dump(), "model")) for m in (ours, theirs))
+    for key in here | there:
+        if key not in NOT_WEIGHTS and here.get(key) != there.get(key):
+            raise ValueError(
+                f"{key} = {show(here.get(key))} differs from {show(there.get(key))} in {path}: "
+                f"{name} holds the weights of another model"
+            )
+
+
 def _check_same_model(config: TrainConfig) -> None:
     """Weights of another architecture are refused here, not after hours in the queue."""
     if config.init.model is None or _has_checkpoint(config):
         return
     path = Path(config.init.model) / "config.json"
-    model = check(ModelConfig, read_json(path, "init.model"), prefix=f"init.model: {path}: ")
-    theirs, ours = (dict(_leaves(m.model_dump(), "model")) for m in (model, config.model))
-    for name in ours | theirs:
-        if name not in NOT_WEIGHTS and ours.get(name) != theirs.get(name):
-            raise ValueError(
-                f"{name} = {show(ours.get(name))} differs from {show(theirs.get(name))} in {path}: "
-                "init.model holds the weights of another model"
-            )
+    check_same_model(config.model, path, "init.model")
 
 
 def _check_same_encoder(config: TrainConfig) -> None:
@@ -237,7 +242,8 @@ def _schedule(config: TrainConfig, raw_json: Mapping[str, Any], world_size: int)
     if warmup is not None and warmup >= steps:
         raise ValueError(
             f"scheduler.params.warmup_num_steps = {warmup} is not below the {steps} steps of the "
-            "run (run.total_steps, or run.epochs x data.samples_per_epoch / train_batch_size)"
+            "run (run.total_steps, or run.epochs x data.samples_per_epoch / train_batch_size): set "
+            "deepspeed.scheduler.params.warmup_num_steps"
         )
     _check_starts(config.losses, steps, warmup or 0)
     return Schedule(batch, steps)

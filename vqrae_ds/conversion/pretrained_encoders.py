@@ -29,7 +29,7 @@ from vqrae_ds.conversion.output_folder import check_free, new_folder, progress_b
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_model
 from vqrae_ds.conversion.source_weights import SourceWeights
 from vqrae_ds.manifest import write_json_atomically
-from vqrae_ds.models.weights import check_names
+from vqrae_ds.models.weights import check_names, is_finite
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -69,7 +69,8 @@ def import_encoder(
     `dtype` is that of the weights, as they are stored by default. `output` appears, complete and
     synced, by a rename at the end. Raises `ValueError`, before anything is written, when `output`
     exists, when `source` is not a known kind of checkpoint or damaged, and when a tensor of the
-    encoder is missing, unexpected or of another shape.
+    encoder is missing, unexpected or of another shape; and in the middle, leaving nothing, for one
+    that is not finite.
     """
     source, output = Path(source), Path(output)
     check_free(output)
@@ -158,4 +159,8 @@ def _place(tower: Tower, layout: Layout, weights: SourceWeights) -> dict[str, Or
 
 def _read(weights: SourceWeights, origin: Origin) -> list[Tensor]:
     """The elements of one parameter. Rows lie one after the other, so a block of them is flat."""
-    return [weights.read(origin.name).reshape(origin.parts, -1)[origin.part]]
+    elements = weights.read(origin.name).reshape(origin.parts, -1)[origin.part]
+    if not is_finite(elements):
+        file = weights.tensors[origin.name].file
+        raise ValueError(f"{origin.name} in {file} holds NaN or infinity: the file is damaged")
+    return [elements]

@@ -73,7 +73,7 @@ class Encoder(nn.Module):
 
         Raises `ValueError` where a side is no multiple of the patch size, or for another shape.
         """
-        _check_images(images_B3HW, self.patch_size)
+        check_images(images_B3HW, self.patch_size)
         channels = zip(images_B3HW.float().unbind(1), self.mean, self.std, strict=True)
         # Numbers, not buffers: these would be rounded with the parameters of a model in bf16.
         pixels_B3HW = torch.stack([(x_BHW - mean) / std for x_BHW, mean, std in channels], dim=1)
@@ -194,7 +194,8 @@ class _SiglipEmbeddings(SiglipVisionEmbeddings):
         return resize_positions(positions_1ND, height // self.patch_size, width // self.patch_size)
 
 
-def _check_images(images_B3HW: Tensor, patch_size: int) -> None:
+def check_images(images_B3HW: Tensor, patch_size: int) -> None:
+    """Raise `ValueError` unless these are floats (B, 3, H, W) of whole patches."""
     shape = tuple(images_B3HW.shape)
     if len(shape) != 4 or shape[1] != 3 or not images_B3HW.is_floating_point():
         raise ValueError(

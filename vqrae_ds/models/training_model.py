@@ -26,10 +26,9 @@ class TrainingModel(nn.Module):
         self.teacher = None if teacher is None else teacher.requires_grad_(False)
 
     def forward(self, images_B3HW: Tensor) -> TrainingOutput:
-        """Images (B, 3, H, W) in [0, 1], of the size that they are reconstructed at."""
-        images_B3HW = self.vqrae.resize_for_encoder(images_B3HW)
+        """Images (B, 3, H, W) in [0, 1]."""
         features_BND = None
         if self.teacher is not None:
             with torch.no_grad():
-                features_BND = self.teacher(images_B3HW)
+                features_BND = self.teacher(self.vqrae.resize_for_encoder(images_B3HW))
         return TrainingOutput(self.vqrae(images_B3HW), features_BND)

@@ -6,8 +6,8 @@
 The features are continuous and never quantised: they serve understanding. The codes serve
 generation.
 
-The encoder reads p x p pixels a token, the decoder writes q x q. Where they differ, an image comes
-out q / p times as large as the encoder sees it.
+A token is q x q pixels of an image, on the way in and on the way out. The encoder reads p x p
+pixels a token; where q differs from p, it sees the image resized.
 
 Shapes: B batch, H x W pixels, h x w grid of patches, N = h*w tokens, D encoder width, E codebook
 dimension, P values a patch.
@@ -30,7 +30,7 @@ from vqrae_ds.config.checking import check
 from vqrae_ds.config.files import read_json
 from vqrae_ds.models.decoder import Decoder, unpatchify
 from vqrae_ds.models.ema_codebook import EMACodebook
-from vqrae_ds.models.encoders import build_encoder
+from vqrae_ds.models.encoders import build_encoder, check_images
 from vqrae_ds.models.quantizer import Quantizer, Search
 from vqrae_ds.models.simvq import SimVQ
 from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, has_weights
@@ -77,9 +77,8 @@ class Standardize(nn.Module):
 class VQRAE(nn.Module):
     """The tokenizer. Images go in and come out as (B, 3, H, W) in [0, 1].
 
-    Images go in at the encoder's scale: sides are multiples of p, the encoder's patch size. Where
-    the output's q differs from p, sides that are multiples of q alone are taken as the output's
-    scale and resized (`resize_for_encoder`).
+    Both sides are multiples of q, `output_patch_size`, and an image comes out as large as it went
+    in. Where q differs from p, the encoder's patch size, the encoder sees it resized by p / q.
 
     `encoder_config_path` is a folder with the encoder's `config.json`. Safetensors beside it are
     loaded into the encoder; all else is random: `from_pretrained` loads a whole model. `options`
@@ -133,8 +132,7 @@ class VQRAE(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> VQRAEOutput:
         """Encode, quantise, decode. Raises `ValueError` as `encode` does."""
-        images_B3HW = self._at_encoder_scale(images_B3HW)
-        features_BND = self._encode(images_B3HW)
+        features_BND = self.encode(images_B3HW)
         z_BNE = self.in_proj(self.standardize(features_BND))
         code_BNE, z_q_BNE, vq_loss, indices_BN = self.quantizer.quantize(z_BNE)
         h, w = self._grid(images_B3HW)
@@ -147,9 +145,10 @@ class VQRAE(nn.Module):
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Continuous features (B, h*w, D), never quantised, of floats in [0, 1].
 
-        Raises `ValueError` where a side is no multiple of the patch size, or for another shape.
+        Raises `ValueError` where a side is no multiple of q, or for another shape.
         """
-        return self._encode(self._at_encoder_scale(images_B3HW))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            return self.encoder(self.resize_for_encoder(images_B3HW))
 
     @torch.no_grad()
     def encode_to_indices(self, images_B3HW: Tensor) -> Tensor:
@@ -157,8 +156,7 @@ class VQRAE(nn.Module):
 
         Raises `ValueError` as `encode` does, and where the features are not finite.
         """
-        images_B3HW = self._at_encoder_scale(images_B3HW)
-        z_BNE = self.in_proj(self.standardize(self._encode(images_B3HW)))
+        z_BNE = self.in_proj(self.standardize(self.encode(images_B3HW)))
         self.quantizer.check_finite(z_BNE)
         return self.quantizer.find_codes(z_BNE).unflatten(1, self._grid(images_B3HW))
 
@@ -175,7 +173,7 @@ class VQRAE(nn.Module):
         return to_images(patches_BhwP)
 
     def resize_for_encoder(self, images_B3HW: Tensor) -> Tensor:
-        """Images at the output's scale, q pixels a token, as the encoder sees them, p a token.
+        """Images, q pixels a token, as the encoder sees them, p pixels a token.
 
         Bicubic with antialiasing, clamped to [0, 1], fp32. Where q = p they stay as they are.
         Raises `ValueError` where a side is no multiple of q.
@@ -183,9 +181,8 @@ class VQRAE(nn.Module):
         p, q = self.config.patch_size, self.config.output_patch_size
         if p == q:
             return images_B3HW
+        check_images(images_B3HW, q)
         H, W = images_B3HW.shape[2:]
-        if H % q or W % q:
-            raise ValueError(f"images have {H} x {W} pixels: the output has multiples of {q}")
         size = (H // q * p, W // q * p)
         return F.interpolate(images_B3HW.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
 
@@ -230,20 +227,9 @@ class VQRAE(nn.Module):
         model.quantizer.reset_unsaved_buffers()
         return model.eval()
 
-    def _encode(self, images_B3HW: Tensor) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            return self.encoder(images_B3HW)
-
-    def _at_encoder_scale(self, images_B3HW: Tensor) -> Tensor:
-        p, q = self.config.patch_size, self.config.output_patch_size
-        sides = images_B3HW.shape[2:]
-        if any(side % p for side in sides) and not any(side % q for side in sides):
-            return self.resize_for_encoder(images_B3HW)
-        return images_B3HW
-
     def _grid(self, images_B3HW: Tensor) -> tuple[int, int]:
         H, W = images_B3HW.shape[2:]
-        return H // self.config.patch_size, W // self.config.patch_size
+        return H // self.config.output_patch_size, W // self.config.output_patch_size
 
 
 def _standardization(kind: str, width: int) -> nn.Module:
@@ -281,6 +267,8 @@ def read_config(folder: str | Path) -> ModelConfig:
             f"{path} does not exist: {folder} is not a folder of tools/convert_checkpoint.py"
         )
     raw = read_json(path, "the model's folder")
+    if "model_type" in raw:
+        raise ValueError(f"{folder} holds an encoder alone (tools/import_encoder.py), no tokenizer")
     try:
         return resolve_model(check(ModelConfig, raw))
     except ValueError as error:

@@ -102,6 +102,11 @@ def copy_weights(
         target.copy_(weights.read(name))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all of `tensor` is finite, found without a mask of its size."""
+    return tensor.numel() == 0 or all(x.isfinite().item() for x in torch.aminmax(tensor))
+
+
 def shards_of(index: Path) -> list[Path]:
     """The files that an index names. Which tensor lies where is read from the files themselves.
 
