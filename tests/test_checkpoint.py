@@ -93,18 +93,16 @@ def test_damaged_later_ones_never_displace_the_one_just_written(run):
     assert checkpoint.find(run) == again[-1]
 
 
+def with_model(run: Run, **changes) -> Run:
+    model = run.config.model.model_copy(update=changes)
+    return run._replace(config=run.config.model_copy(update={"model": model}))
+
+
 def test_a_run_goes_on_with_the_model_that_it_began_with(run):
     folder = save_at(run, 1)
-    for change, refused in (("output_patch_size", 16), ("legacy", False)):
-        model = run.config.model.model_copy(update={change: refused})
-        other = run._replace(config=run.config.model_copy(update={"model": model}))
-        if change == "legacy":  # a weight of the loss, not of the model
-            assert checkpoint.find(other) == folder
-            continue
-        with pytest.raises(
-            ValueError, match=f"{change} = 16 differs from 8 in .*model_config.json"
-        ):
-            checkpoint.find(other)
+    assert checkpoint.find(with_model(run, legacy=False)) == folder, "of the loss, not the model"
+    with pytest.raises(ValueError, match="patch_size = 16 differs from 8 in .*model_config.json"):
+        checkpoint.find(with_model(run, output_patch_size=16))
 
 
 def test_checkpoints_of_another_run_are_refused(run):
