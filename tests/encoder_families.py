@@ -12,35 +12,28 @@ from vqrae_ds.models.encoders import Encoder, build_encoder
 WIDTH, BLOCKS = 32, 3
 _SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
 
+_INTERNVIT_6B = {
+    "model_type": "internvl_vision",
+    **_SHAPE,
+    "intermediate_size": 64,
+    "image_size": [224, 224],
+    "patch_size": [14, 14],
+    "attention_bias": False,
+    "use_qk_norm": True,
+    "norm_type": "rms_norm",
+    "use_mean_pooling": True,
+}
+_INTERNVIT_300M = {
+    **_INTERNVIT_6B,
+    "image_size": [448, 448],
+    "attention_bias": True,
+    "use_qk_norm": False,
+    "norm_type": "layer_norm",
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # encoder_cls, config.json
-    "internvit_6b": (
-        "InternViT",
-        {
-            "model_type": "internvl_vision",
-            **_SHAPE,
-            "intermediate_size": 64,
-            "image_size": [224, 224],
-            "patch_size": [14, 14],
-            "attention_bias": False,
-            "use_qk_norm": True,
-            "norm_type": "rms_norm",
-            "use_mean_pooling": True,
-        },
-    ),
-    "internvit_300m": (
-        "InternViT",
-        {
-            "model_type": "internvl_vision",
-            **_SHAPE,
-            "intermediate_size": 64,
-            "image_size": [448, 448],
-            "patch_size": [14, 14],
-            "attention_bias": True,
-            "use_qk_norm": False,
-            "norm_type": "layer_norm",
-            "use_mean_pooling": True,
-        },
-    ),
+    "internvit_6b": ("InternViT", _INTERNVIT_6B),
+    "internvit_300m": ("InternViT", _INTERNVIT_300M),
     "siglip": (
         "SigLIP",
         {
@@ -91,8 +84,3 @@ def small_encoder(family: str, **options: Any) -> Encoder:
             is_scale = "norm" in name and name.endswith("weight")
             parameter.normal_(mean=float(is_scale), std=0.1)
     return encoder
-
-
-def random_images(height: int, width: int, batch: int = 2) -> torch.Tensor:
-    """Images (B, 3, H, W) in [0, 1], the same at every call."""
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))

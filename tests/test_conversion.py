@@ -254,23 +254,15 @@ def test_kill_9_leaves_no_output_and_does_not_block_the_next_attempt(tmp_path, c
 
 
 MEASURE = """
-import re, sys, threading, time, torch
+import sys, torch
+from tests.memory import sampled_memory
 from vqrae_ds.conversion.consolidate import consolidate, verify
 
-def anonymous_mb():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-
-def watch():
-    global peak
-    while True:
-        peak = max(peak, anonymous_mb())
-        time.sleep(0.001)
-
-before = peak = anonymous_mb()
-threading.Thread(target=watch, daemon=True).start()
-consolidate(sys.argv[1], sys.argv[2], to="inference", dtype=getattr(torch, sys.argv[3]))
-verify(sys.argv[1], sys.argv[2])
-print(peak - before)
+peaks = {}
+with sampled_memory(peaks):
+    consolidate(sys.argv[1], sys.argv[2], to="inference", dtype=getattr(torch, sys.argv[3]))
+    verify(sys.argv[1], sys.argv[2])
+print(peaks["RssAnon"] / 2**20)
 """
 
 

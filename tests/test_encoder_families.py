@@ -16,9 +16,9 @@ from tests.encoder_families import (
     FAMILIES,
     WIDTH,
     model_config,
-    random_images,
     small_encoder,
 )
+from tests.tiny import random_images
 from vqrae_ds import VQRAE
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.positions import resize_positions

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import ENCODER, PATCH_SIZE
+from tests.tiny import ENCODER, PATCH_SIZE, random_images
 from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.models.encoders import Encoder, build_encoder
 
@@ -38,10 +38,6 @@ def make_encoder(**changes: object) -> Encoder:
         encoder.model.embeddings.cls_token.normal_()
         encoder.model.embeddings.position_embeddings.normal_()
     return encoder
-
-
-def random_images(height: int = 32, width: int = 32) -> Tensor:
-    return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def standardized(images_B3HW: Tensor) -> Tensor:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT
+from tests.conftest import run_python
 from tests.reference_internvit import (
     LARGE,
     SMALL,
@@ -118,16 +115,6 @@ def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
     assert names(tmp_path) == ["source"]
 
 
-def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-
-
 KILLED = """
 import os, signal, sys
 from vqrae_ds.conversion import pretrained_encoders
@@ -148,7 +135,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
 
 
 def test_kill_9_leaves_no_output_and_does_not_block_the_next_attempt(source, tmp_path, caplog):
-    done = run_code(KILLED, source, tmp_path / "out")
+    done = run_python("-c", KILLED, str(source), str(tmp_path / "out"))
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".out.*.partial/model.safetensors"))) == 1
     assert not (tmp_path / "out").exists()
@@ -158,25 +145,18 @@ def test_kill_9_leaves_no_output_and_does_not_block_the_next_attempt(source, tmp
 
 
 MEASURE = """
-import re, sys, threading, time, torch, transformers
-from vqrae_ds.conversion import pretrained_encoders as conversion
+import sys, torch, transformers
+from tests.memory import sampled_memory
+from vqrae_ds.conversion.pretrained_encoders import import_encoder, verify_import
 
-def anonymous_mb():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-
-def watch():
-    global peak
-    while True:
-        peak = max(peak, anonymous_mb())
-        time.sleep(0.001)
-
+torch.set_num_threads(1)
 transformers.InternVLVisionModel  # the library itself, which is imported on first use
-before = peak = anonymous_mb()
-threading.Thread(target=watch, daemon=True).start()
 dtype = torch.bfloat16 if sys.argv[3] == "bf16" else None
-conversion.import_encoder(sys.argv[1], sys.argv[2], dtype=dtype, max_shard_bytes=80 << 20)
-conversion.verify_import(sys.argv[1], sys.argv[2], dtype=dtype)
-print(peak - before)
+peaks = {}
+with sampled_memory(peaks):
+    import_encoder(sys.argv[1], sys.argv[2], dtype=dtype, max_shard_bytes=80 << 20)
+    verify_import(sys.argv[1], sys.argv[2], dtype=dtype)
+print(peaks["RssAnon"] / 2**20)
 """
 
 
@@ -198,7 +178,7 @@ def test_memory_is_that_of_one_file_at_most(tmp_path, layout, dtype):
     (source / "config.json").write_text(json.dumps(config))
     shards_mb = [path.stat().st_size / 2**20 for path in source.glob("*-of-00006.*")]
     assert len(shards_mb) == 6 and 300 < sum(shards_mb) < 350
-    done = run_code(MEASURE, source, tmp_path / "out", dtype)
+    done = run_python("-c", MEASURE, str(source), str(tmp_path / "out"), dtype)
     assert done.returncode == 0, done.stderr
     print(f"{layout}, {dtype}: {float(done.stdout):.0f} MB; a shard has {max(shards_mb):.0f}")
     assert float(done.stdout) < (2 * max(shards_mb) if "legacy" in layout else 40)

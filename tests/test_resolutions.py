@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from tests.encoder_families import FAMILIES, WIDTH, model_config, random_images
+from tests.encoder_families import FAMILIES, WIDTH, model_config
+from tests.tiny import random_images
 from vqrae_ds import VQRAE
 from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.models.training_model import TrainingModel

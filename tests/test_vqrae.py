@@ -12,15 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
-from tests.tiny import ENCODER, IMAGE_SIZE, MODEL, NUM_CODES, PATCH_SIZE, build_model
+from tests.tiny import ENCODER, IMAGE_SIZE, MODEL, NUM_CODES, PATCH_SIZE, build_model, random_images
 from vqrae_ds import VQRAE
 from vqrae_ds.config import ModelConfig
 from vqrae_ds.models.training_model import TrainingModel
-
-
-def random_images(height: int = IMAGE_SIZE, width: int = IMAGE_SIZE, batch: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(batch, 3, height, width, generator=generator)
 
 
 class TestWaysThrough:

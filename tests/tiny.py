@@ -106,6 +106,13 @@ def make_run(
     return read_run(folder / "config.yaml", folder / "deepspeed.json", world_size=world_size)
 
 
+def random_images(
+    height: int = IMAGE_SIZE, width: int = IMAGE_SIZE, batch: int = 2
+) -> torch.Tensor:
+    """Images (B, 3, H, W) in [0, 1], the same at every call."""
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
 def images_of(step: int, rank: int, batch: int = 2) -> torch.Tensor:
     """The images of a rank at a step: smooth, so that the perceptual loss has something to see."""
     generator = torch.Generator().manual_seed(1000 * step + rank)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from vqrae_ds import manifest
 from vqrae_ds.config import Run, check_same_model
 from vqrae_ds.models.vqrae import config_json
+from vqrae_ds.ranks import from_rank_0, gather
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,10 @@ def find(run: Run) -> Path | None:
     the newest one belongs to the other stage or to another number of ranks.
     """
     checkpoints = Path(run.config.run.output_dir) / "checkpoints"
-    for folder in _from_rank_0(lambda: manifest.complete_steps(checkpoints)):
-        found = _from_rank_0(lambda folder=folder: manifest.read_manifest(folder))
+    for folder in from_rank_0(lambda: manifest.complete_steps(checkpoints)):
+        found = from_rank_0(lambda folder=folder: manifest.read_manifest(folder))
         mine = dict(list(found.files.items())[dist.get_rank() :: dist.get_world_size()])
-        damage = _gather(manifest.find_damage(folder, found._replace(files=mine)))
+        damage = gather(manifest.find_damage(folder, found._replace(files=mine)))
         if not any(damage):
             _check_fits(folder, found, run)
             return folder
@@ -135,24 +135,10 @@ def _remove_old(newest: Path, keep_last: int) -> None:
 
 def _hash_together(folder: Path) -> dict[str, manifest.FileRecord]:
     """Each rank hashes its share of the files; a shared file system may list them differently."""
-    names = _from_rank_0(lambda: manifest.list_files(folder))
+    names = from_rank_0(lambda: manifest.list_files(folder))
     mine = names[dist.get_rank() :: dist.get_world_size()]
-    shares = _gather({name: manifest.hash_file(folder / name) for name in mine})
+    shares = gather({name: manifest.hash_file(folder / name) for name in mine})
     return {name: record for share in shares for name, record in share.items()}
-
-
-def _from_rank_0(make: Callable[[], Any]) -> Any:
-    """What `make` gives on rank 0, on every rank."""
-    made = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(made, src=0)
-    return made[0]
-
-
-def _gather(mine: Any) -> list[Any]:
-    """The objects of all ranks, in their order."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _random_file(folder: Path) -> Path:

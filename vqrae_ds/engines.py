@@ -27,16 +27,12 @@ from transformers.initialization import no_init_weights
 
 from vqrae_ds import first_weights
 from vqrae_ds.config import LearningRateMultiplierConfig, Run
-from vqrae_ds.first_weights import (
-    Source,
-    failing_together,
-    freed_memory_returned,
-    uninitialized_is_nan,
-)
+from vqrae_ds.first_weights import Source, freed_memory_returned, uninitialized_is_nan
 from vqrae_ds.models.discriminator import PatchDiscriminator
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.vqrae import VQRAE
+from vqrae_ds.ranks import failing_together
 
 logger = logging.getLogger(__name__)
 

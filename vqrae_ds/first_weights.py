@@ -12,16 +12,16 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqrae_ds.config import TrainConfig
 from vqrae_ds.models.training_model import TrainingModel
-from vqrae_ds.models.weights import WeightFolder, check_names, is_finite
+from vqrae_ds.models.weights import WeightFolder, check_names, check_shape, is_finite
+from vqrae_ds.ranks import gather
 
 logger = logging.getLogger(__name__)
 
@@ -111,26 +111,8 @@ def check_filled(model: nn.Module) -> None:
     The weight files hold no such values (`Source.read`): it is our bug.
     """
     mine = [name for name, share in _shares(model) if not is_finite(share)]
-    unfilled = {name: None for names in _gather(mine) for name in names}
+    unfilled = {name: None for names in gather(mine) for name in names}
     assert not unfilled, f"no value was given to {', '.join(unfilled)}"
-
-
-@contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-    """What fails on one rank fails on all: alone it would leave its peers waiting for it."""
-    own: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        own = error
-    kind = ValueError if isinstance(own, ValueError) else RuntimeError
-    failures = _gather(own and (kind, str(own) if kind is ValueError else repr(own)))
-    if own is not None:
-        raise own
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            kind, text = failure
-            raise kind(text if kind is ValueError else f"rank {rank} failed: {text}")
 
 
 @contextlib.contextmanager
@@ -187,13 +169,6 @@ def _shares(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer.data
 
 
-def _gather(mine: Any) -> list[Any]:
-    """The objects of all ranks, in their order."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
 def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
     if not is_finite(tensor):
         raise ValueError(
@@ -206,7 +181,4 @@ def _check_shapes(model: nn.Module, sources: Mapping[str, Source]) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in sources:
             shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-            found = sources[name].folder.shape(sources[name].name)
-            if found != shape:
-                where = f"{sources[name].name} in {sources[name].folder.folder}"
-                raise ValueError(f"{where} has shape {found}, the model {shape}")
+            check_shape(sources[name].folder, sources[name].name, shape)

@@ -111,8 +111,7 @@ def describe_plan(plan: Plan, gpus: int, gpu_memory: float) -> str:
     lines = [
         f"image:  {model.image_size} px, {model.grid_side} x {model.grid_side} = "
         f"{model.grid_side**2:,} tokens",
-        f"batch:  {batch.global_batch} = {batch.micro_batch} micro x {batch.accumulation} "
-        f"accumulated x {batch.world_size} ranks",
+        f"batch:  {batch.in_words()}",
         "",
         *_table(_rows(plan, sizes)),
         *([plan.note] if plan.note else []),

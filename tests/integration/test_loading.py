@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.distributed import gathered, run_ranks
+from tests.memory import sampled_memory
 from tests.tiny import GAN, NUM_CODES, make_run, save_initial
 from vqrae_ds.config import ModelConfig, Run, resolve_model
 from vqrae_ds.conversion.pretrained_encoders import import_encoder
@@ -52,34 +51,6 @@ class Loaded(NamedTuple):
     share: int  # of the weights
     anonymous: int  # most memory above that before the build, mapped files not counted
     resident: int  # the same with mapped files
-
-
-@contextlib.contextmanager
-def sampled_memory(peaks: dict[str, int]) -> Iterator[None]:
-    """Sets `peaks` to the most memory that the process had inside, above that at the start."""
-    start, done = read_memory(), threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.002):
-            for name, now in read_memory().items():
-                peaks[name] = max(peaks.get(name, 0), now - start[name])
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def read_memory() -> dict[str, int]:
-    """`RssAnon` and `VmRSS` of this process in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return {
-        name: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) << 10
-        for name in ("RssAnon", "VmRSS")
-    }
 
 
 def published_tensors() -> list[StreamedTensor]:

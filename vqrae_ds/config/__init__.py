@@ -3,8 +3,9 @@
 Importing this package imports neither torch nor deepspeed: a mistake is reported within a second.
 """
 
+from vqrae_ds.config.checking import nearest_multiples
 from vqrae_ds.config.command_line import parse_command_line
-from vqrae_ds.config.encoder import choose_encoder, nearest_multiples
+from vqrae_ds.config.encoder import choose_encoder
 from vqrae_ds.config.model import DecoderConfig, ModelConfig, resolve_model
 from vqrae_ds.config.reading import Run, Schedule, check_same_model, describe, read_run
 from vqrae_ds.config.schema import (

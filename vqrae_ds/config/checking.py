@@ -120,6 +120,12 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def nearest_multiples(size: int, of: int, joint: str = "or") -> str:
+    """The positive multiples of `of` around `size`, for a sentence."""
+    low = size // of * of
+    return f" {joint} ".join(str(near) for near in (low, low + of) if near > 0)
+
+
 def list_keys(section: str, names: Sequence[str]) -> str:
     """The keys of one section of `names`, for a sentence."""
     return ", ".join(n.rpartition(".")[2] for n in names if n.rpartition(".")[0] == section)

@@ -21,6 +21,7 @@ from vqrae_ds.config.checking import (
     Weight,
     check,
     key_names,
+    nearest_multiples,
     nearest_name,
     show,
 )
@@ -153,6 +154,13 @@ class BatchArithmetic(NamedTuple):
     accumulation: int
     world_size: int
 
+    def in_words(self) -> str:
+        """The multiplication, as it is shown."""
+        return (
+            f"{self.global_batch} = {self.micro_batch} micro x {self.accumulation} accumulated x "
+            f"{self.world_size} ranks"
+        )
+
 
 def check_keys(
     raw: Mapping[str, Any], allowed: Collection[str] = (), yaml_names: Sequence[str] = ()
@@ -196,10 +204,9 @@ def batch_arithmetic(deepspeed: Mapping[str, Any], world_size: int) -> BatchArit
     total, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
     micro_batches, rest = divmod(total, micro)
     if rest:
-        nearest = [n for n in (total - rest, total - rest + micro) if n > 0]
         raise ValueError(
             f"train_batch_size = {total} is not a multiple of train_micro_batch_size_per_gpu = "
-            f"{micro}; nearest: {' and '.join(map(str, nearest))}"
+            f"{micro}; nearest: {nearest_multiples(total, micro, 'and')}"
         )
     accumulation, rest = divmod(micro_batches, world_size)
     if rest:

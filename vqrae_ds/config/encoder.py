@@ -109,9 +109,3 @@ def count_blocks(feature_layer: int, shape: EncoderShape) -> int:
             f"1 to {n} from the first, -1 to -{n} from the last"
         )
     return feature_layer if feature_layer > 0 else n + 1 + feature_layer
-
-
-def nearest_multiples(size: int, of: int) -> str:
-    """The positive multiples of `of` around `size`, for a sentence."""
-    low = size // of * of
-    return " or ".join(str(near) for near in (low, low + of) if near > 0)

@@ -15,6 +15,7 @@ from vqrae_ds.config.checking import (
     Text,
     Weight,
     check,
+    nearest_multiples,
     show,
 )
 from vqrae_ds.config.encoder import (
@@ -24,7 +25,6 @@ from vqrae_ds.config.encoder import (
     NormType,
     check_family,
     count_blocks,
-    nearest_multiples,
 )
 from vqrae_ds.config.files import read_json
 

@@ -70,9 +70,10 @@ def read_run(
         )
         config = config.model_copy(update={"model": resolve_model(config.model)})
         if check_paths:
-            _check_paths(config)
-            _check_same_model(config)
-            _check_same_encoder(config)
+            resumes = _has_checkpoint(config)
+            _check_paths(config, resumes)
+            if not resumes:
+                _check_first_weights(config)
         schedule = _schedule(config, raw_json, world_size)
     except ValueError as error:
         raise ValueError(f"{error}{_place_in_base(str(error), raw_yaml, recipe)}") from error
@@ -90,8 +91,7 @@ def describe(run: Run) -> str:
         [
             yaml.safe_dump(run.config.model_dump(), sort_keys=False).rstrip(),
             json.dumps(run.deepspeed, indent=2),
-            f"batch:  {batch.global_batch} = {batch.micro_batch} micro x {batch.accumulation} "
-            f"accumulated x {batch.world_size} ranks",
+            f"batch:  {batch.in_words()}",
             f"length: {length}, {steps * batch.global_batch:,} images",
         ]
     )
@@ -145,7 +145,7 @@ def _describe_unknown_in_yaml(name: str) -> str:
     return f"is not a key of the YAML; known: {list_keys(section, YAML_NAMES)}"
 
 
-def _check_paths(config: TrainConfig) -> None:
+def _check_paths(config: TrainConfig, resumes: bool) -> None:
     shards = "a folder that tools/make_shards.py wrote"
     perceptual = config.losses.perceptual
     folders = (
@@ -156,7 +156,7 @@ def _check_paths(config: TrainConfig) -> None:
     )
     problems = []
     for name, path, kind in folders:
-        if name.startswith("init.") and _has_checkpoint(config):
+        if name.startswith("init.") and resumes:
             continue
         if path is not None and not os.path.isdir(path):
             problem = "is not" if os.path.exists(path) else "does not exist; it must be"
@@ -189,21 +189,18 @@ def check_same_model(ours: ModelConfig, path: Path, name: str) -> None:
             )
 
 
-def _check_same_model(config: TrainConfig) -> None:
+def _check_first_weights(config: TrainConfig) -> None:
     """Weights of another architecture are refused here, not after hours in the queue."""
-    if config.init.model is None or _has_checkpoint(config):
-        return
-    path = Path(config.init.model) / "config.json"
-    check_same_model(config.model, path, "init.model")
+    if config.init.model is not None:
+        check_same_model(config.model, Path(config.init.model) / "config.json", "init.model")
+    if config.init.encoder_weights is not None:
+        path = Path(config.init.encoder_weights) / "config.json"
+        if path.is_file():  # else the folder has the weights alone
+            _check_same_encoder(config, path)
 
 
-def _check_same_encoder(config: TrainConfig) -> None:
+def _check_same_encoder(config: TrainConfig, path: Path) -> None:
     """Shapes do not tell one version of an encoder from another with more blocks or another eps."""
-    if config.init.encoder_weights is None or _has_checkpoint(config):
-        return
-    path = Path(config.init.encoder_weights) / "config.json"
-    if not path.is_file():  # the weights alone
-        return
     ours, theirs = config.model.encoder_config, read_json(path, "init.encoder_weights")
     for key in ours:
         if key in theirs and key != "initializer_range" and _side(ours[key]) != _side(theirs[key]):

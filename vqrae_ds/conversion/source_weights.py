@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vqrae_ds.models.weights import shards_of
+from vqrae_ds.models.weights import INDEX_FILE, SINGLE_FILE, weight_files
 
 # One file and the index of shards, in order of preference.
 _LAYOUTS = (
-    ("model.safetensors", "model.safetensors.index.json"),
+    (SINGLE_FILE, INDEX_FILE),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
@@ -85,11 +85,8 @@ def download(name: str) -> Path:
 
 def _find_files(folder: Path) -> list[Path]:
     for single, index in _LAYOUTS:
-        found = [name for name in (single, index) if (folder / name).is_file()]
-        if len(found) == 2:
-            raise ValueError(f"{folder}: {single} and {index} are both there: remove the outdated")
-        if found:
-            return [folder / single] if found == [single] else shards_of(folder / index)
+        if paths := weight_files(folder, single, index):
+            return paths
     names = ", ".join(name for layout in _LAYOUTS for name in layout)
     raise ValueError(f"{folder} holds no weights: none of {names}")
 

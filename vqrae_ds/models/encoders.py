@@ -37,10 +37,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Encoder(nn.Module):
     """What all families share.
 
-    `config` is the content of `config.json` in the transformers library's layout, of which the
-    first `num_blocks` blocks are built. Behind the last block of the network comes the family's own
-    final norm, behind an earlier one nothing. `plain_norm` puts a LayerNorm without learned scale
-    and shift there instead. `attention` is the library's name of the implementation.
+    Of the network that the resolved `config` describes, the blocks up to `feature_layer` are built.
+    Behind the last block of the network comes the family's own final norm, behind an earlier one
+    nothing; with a name in "wNorm" a LayerNorm without learned scale and shift comes instead.
+    `attention` is the transformers library's name of the implementation.
 
     `hidden_size` is the width D, `patch_size` the side of a patch in pixels, `mean` and `std` are
     those of the pixels that the family was trained on.
@@ -51,18 +51,15 @@ class Encoder(nn.Module):
     blocks_path: ClassVar[str]  # where `model` keeps its blocks, and its last norm
     norm_path: ClassVar[str]
 
-    def __init__(
-        self, config: dict[str, Any], num_blocks: int, plain_norm: bool, attention: str
-    ) -> None:
+    def __init__(self, config: ModelConfig, attention: str) -> None:
         super().__init__()
-        self.num_blocks, self._num_published = num_blocks, config["num_hidden_layers"]
-        changes = {"num_hidden_layers": num_blocks, "attn_implementation": attention}
-        self.model = self._build({**config, **changes})
-        self.hidden_size = self.model.config.hidden_size
-        sides = self.model.config.patch_size
-        self.patch_size = sides if isinstance(sides, int) else sides[0]
+        shape, plain_norm = config.encoder_shape, choose_encoder(config.encoder_cls).plain_norm
+        self.hidden_size, self.patch_size = shape.hidden_size, shape.patch_size
+        self.num_blocks, self._num_published = config.feature_layer, shape.num_hidden_layers
+        changes = {"num_hidden_layers": self.num_blocks, "attn_implementation": attention}
+        self.model = self._build({**config.encoder_config, **changes})
         self._drops_norm = False
-        if plain_norm or num_blocks < self._num_published:
+        if plain_norm or self.num_blocks < self._num_published:
             self._drops_norm = any(True for _ in getattr(self.model, self.norm_path).parameters())
             eps = self.model.config.layer_norm_eps
             plain = nn.LayerNorm(self.hidden_size, eps, elementwise_affine=False)
@@ -170,8 +167,7 @@ ENCODERS: dict[str, type[Encoder]] = {
 
 def build_encoder(config: ModelConfig, attention: str = "sdpa") -> Encoder:
     """The encoder of a resolved configuration, with random weights."""
-    family, plain_norm = choose_encoder(config.encoder_cls)
-    return ENCODERS[family](config.encoder_config, config.feature_layer, plain_norm, attention)
+    return ENCODERS[choose_encoder(config.encoder_cls).family](config, attention)
 
 
 class _InternVLEmbeddings(InternVLVisionEmbeddings):

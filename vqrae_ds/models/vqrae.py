@@ -33,7 +33,7 @@ from vqrae_ds.models.ema_codebook import EMACodebook
 from vqrae_ds.models.encoders import build_encoder, check_images
 from vqrae_ds.models.quantizer import Quantizer, Search
 from vqrae_ds.models.simvq import SimVQ
-from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, has_weights
+from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, weight_files
 from vqrae_ds.ops.nearest_code import nearest_code
 
 
@@ -118,7 +118,7 @@ class VQRAE(nn.Module):
         self.config = config = resolve_model(config)
         self.freeze_encoder = freeze_encoder
         self.encoder = build_encoder(config, attention)
-        if encoder_folder is not None and has_weights(encoder_folder):
+        if encoder_folder is not None and weight_files(encoder_folder):
             weights = WeightFolder(encoder_folder)
             copy_weights(self.encoder.model, weights, self.encoder.leaves_out)
         self.encoder.requires_grad_(not freeze_encoder)

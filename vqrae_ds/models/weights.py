@@ -18,9 +18,19 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def has_weights(folder: str | Path) -> bool:
-    """Whether `WeightFolder` finds something to read in `folder`."""
-    return any((Path(folder) / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+def weight_files(
+    folder: str | Path, single: str = SINGLE_FILE, index: str = INDEX_FILE
+) -> list[Path]:
+    """The files of one layout in `folder`: `single`, the shards that `index` names, or none.
+
+    Raises `ValueError` where both are there, and for an index that is damaged or incomplete.
+    """
+    single_path, index_path = Path(folder) / single, Path(folder) / index
+    if single_path.is_file() and index_path.is_file():
+        raise ValueError(f"{single_path} and {index} are both there: remove the outdated one")
+    if index_path.is_file():
+        return _shards(index_path)
+    return [single_path] if single_path.is_file() else []
 
 
 class WeightFolder:
@@ -31,14 +41,12 @@ class WeightFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        single, index = self.folder / SINGLE_FILE, self.folder / INDEX_FILE
-        if single.is_file() and index.is_file():
-            raise ValueError(f"{single} and {index.name} are both there: remove the outdated one")
-        if not has_weights(folder):
+        paths = weight_files(folder)
+        if not paths:
             raise ValueError(f"{self.folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         self._handle_of: dict[str, safe_open] = {}
         self._file_of: dict[str, Path] = {}
-        for path in [single] if single.is_file() else shards_of(index):
+        for path in paths:
             try:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -80,6 +88,13 @@ def check_names(expected: set[str], found: set[str], source: object) -> None:
         raise ValueError(f"the tensors of {source} do not fit the model: {'; '.join(parts)}")
 
 
+def check_shape(weights: WeightFolder, name: str, expected: tuple[int, ...]) -> None:
+    """Raise `ValueError` where a stored tensor has another shape than the model's."""
+    found = weights.shape(name)
+    if found != expected:
+        raise ValueError(f"{name} in {weights.folder} has shape {found}, the model {expected}")
+
+
 @torch.no_grad()
 def copy_weights(
     model: nn.Module,
@@ -95,9 +110,7 @@ def copy_weights(
     found = {name for name in weights.names() if not leaves_out(name)}
     check_names(set(targets), found, weights.folder)
     for name, target in targets.items():
-        shape, expected = weights.shape(name), tuple(target.shape)
-        if shape != expected:
-            raise ValueError(f"{name} in {weights.folder} has shape {shape}, the model {expected}")
+        check_shape(weights, name, tuple(target.shape))
     for name, target in targets.items():
         target.copy_(weights.read(name))
 
@@ -107,7 +120,7 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(x.isfinite().item() for x in torch.aminmax(tensor))
 
 
-def shards_of(index: Path) -> list[Path]:
+def _shards(index: Path) -> list[Path]:
     """The files that an index names. Which tensor lies where is read from the files themselves.
 
     Raises `ValueError` for what is no index, and for a file that is absent or not beside it.

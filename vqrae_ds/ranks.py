@@ -1,0 +1,41 @@
+"""What ranks tell one another beside tensors: small objects, and that something failed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+
+def gather(mine: Any) -> list[Any]:
+    """The objects of all ranks, in their order."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """What `make` gives on rank 0, on every rank."""
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made, src=0)
+    return made[0]
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """What fails on one rank fails on all: alone it would leave its peers waiting for it."""
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    kind = ValueError if isinstance(own, ValueError) else RuntimeError
+    failures = gather(own and (kind, str(own) if kind is ValueError else repr(own)))
+    if own is not None:
+        raise own
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            kind, text = failure
+            raise kind(text if kind is ValueError else f"rank {rank} failed: {text}")
