@@ -40,7 +40,7 @@ from tests.reference_internvit import (
 )
 from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.conversion.pretrained_encoders import import_encoder, verify_import
-from vqrae_ds.models.encoders import ENCODERS
+from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.weights import WeightFolder, copy_weights
 
 TOOL = "tools/import_encoder.py"
@@ -249,6 +249,6 @@ def test_dinov2(tmp_path, config, model):
 def test_the_trainer_takes_what_was_imported(tmp_path, family, source):
     randomize(source).save_pretrained(tmp_path / "source")
     import_encoder(tmp_path / "source", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    encoder = ENCODERS[family](config, config["num_hidden_layers"], False, "sdpa")
+    model = ModelConfig(encoder_cls=family, encoder_config_path=str(tmp_path / "out"))
+    encoder = build_encoder(resolve_model(model))
     copy_weights(encoder.model, WeightFolder(tmp_path / "out"))  # strict
