@@ -6,15 +6,10 @@ Importing this package imports neither torch nor deepspeed: a mistake is reporte
 from vqrae_ds.config.checking import nearest_multiples
 from vqrae_ds.config.command_line import parse_command_line
 from vqrae_ds.config.encoder import choose_encoder
+from vqrae_ds.config.losses import AdversarialConfig, DistillationConfig, LossConfig
 from vqrae_ds.config.model import DecoderConfig, ModelConfig, resolve_model
 from vqrae_ds.config.reading import Run, Schedule, check_same_model, describe, read_run
-from vqrae_ds.config.schema import (
-    AdversarialConfig,
-    DistillationConfig,
-    LearningRateMultiplierConfig,
-    LossConfig,
-    TrainConfig,
-)
+from vqrae_ds.config.schema import LearningRateMultiplierConfig, TrainConfig
 
 __all__ = [
     "AdversarialConfig",

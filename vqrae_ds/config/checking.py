@@ -23,6 +23,7 @@ SYNONYMS = {  # words of other trainers, too far from ours to be found by their 
     "learning_rate": "lr",
     "micro_batch_size": "train_micro_batch_size_per_gpu",
     "precision": "bf16",
+    "init_from": "from_run",
 }
 # What a value must be, by pydantic's type of error; braces are filled from the error's context.
 REQUIREMENTS = {

@@ -17,8 +17,9 @@ import yaml
 from vqrae_ds.config import deepspeed_json
 from vqrae_ds.config.checking import check, key_names, list_keys, nearest_name, show
 from vqrae_ds.config.files import BASE, Recipe, parse_value, read_json, read_recipe
+from vqrae_ds.config.losses import LossConfig
 from vqrae_ds.config.model import ModelConfig, resolve_model
-from vqrae_ds.config.schema import LossConfig, TrainConfig
+from vqrae_ds.config.schema import TrainConfig
 
 DEEPSPEED_PREFIX = "deepspeed."
 NOT_WEIGHTS = {"model.commitment_cost", "model.legacy", "model.ema_decay"}  # may change by stage
@@ -147,10 +148,10 @@ def _describe_unknown_in_yaml(name: str) -> str:
 
 def _check_paths(config: TrainConfig, resumes: bool) -> None:
     shards = "a folder that tools/make_shards.py wrote"
-    perceptual = config.losses.perceptual
     folders = (
         ("data.train", config.data.train, shards),
         ("data.validation", config.data.validation, shards),
+        ("init.from_run", config.init.from_run, "the folder of a run or of a checkpoint"),
         ("init.model", config.init.model, "a folder of tools/convert_checkpoint.py --to stage2"),
         ("init.encoder_weights", config.init.encoder_weights, "a folder with safetensors"),
     )
@@ -161,11 +162,14 @@ def _check_paths(config: TrainConfig, resumes: bool) -> None:
         if path is not None and not os.path.isdir(path):
             problem = "is not" if os.path.exists(path) else "does not exist; it must be"
             problems.append(f"{name} = {show(path)} {problem} {kind}")
-    if perceptual and perceptual.weights and not os.path.isfile(perceptual.weights):
-        problems.append(
-            f"losses.perceptual.weights = {show(perceptual.weights)} is not a file; "
-            "tools/make_lpips_weights.py writes one"
-        )
+    files = (
+        ("perceptual", config.losses.perceptual, "tools/make_lpips_weights.py writes one"),
+        ("convnext", config.losses.convnext, "it is torchvision's convnext_small-0c510722.pth"),
+    )
+    for name, term, way_out in files:
+        if term and term.weights and not os.path.isfile(term.weights):
+            path = show(term.weights)
+            problems.append(f"losses.{name}.weights = {path} is not a file; {way_out}")
     if problems:
         raise ValueError(" | ".join(problems))
     if os.path.exists(config.run.output_dir) and not os.path.isdir(config.run.output_dir):
@@ -252,6 +256,7 @@ def _check_starts(losses: LossConfig, steps: int, warmup: int) -> None:
     terms = {
         "reconstruction": losses.reconstruction,
         "perceptual": losses.perceptual,
+        "convnext": losses.convnext,
         "quantizer": losses.quantizer,
         "adversarial": losses.adversarial,
         "distillation.quantized": distillation and distillation.quantized,

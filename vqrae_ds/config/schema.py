@@ -6,110 +6,52 @@ scheduler, clipping, precision, ZeRO) have no field here, so that no number can 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vqrae_ds.config.checking import NotNegative, Positive, Section, Text, Weight, show
+from vqrae_ds.config.checking import (
+    NotNegative,
+    Positive,
+    PositiveNumber,
+    Section,
+    Text,
+    Weight,
+    show,
+)
+from vqrae_ds.config.losses import LossConfig
 from vqrae_ds.config.model import ModelConfig
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class InitConfig(Section):
-    """Where the first weights come from. A checkpoint of this run's own always comes first."""
+    """Where a run starts. The first of these that is there is taken:
 
+    1. the newest intact checkpoint in `run.output_dir`: everything, to go on where it ended;
+    2. `from_run`: the weights, not the optimizer, of another run's checkpoint;
+    3. `model`: a consolidated folder, how stage 2 begins;
+    4. `encoder_weights`: a pretrained encoder, the rest is drawn;
+    5. nothing: all is drawn, which `allow_untrained_encoder` must confirm.
+
+    Two of 2 to 4 are refused, for one of them would be ignored.
+    """
+
+    from_run: Text | None = None  # a run's folder, or one of its checkpoints
     model: Text | None = None  # consolidated folder: tools/convert_checkpoint.py --to stage2
     encoder_weights: Text | None = None  # pretrained encoder folder
     allow_untrained_encoder: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> InitConfig:
-        if self.model and self.encoder_weights:
+        given = [name for name in ("from_run", "model", "encoder_weights") if getattr(self, name)]
+        if len(given) > 1:
+            first, second = given[:2]
             raise ValueError(
-                f"encoder_weights = {show(self.encoder_weights)} is set beside init.model, "
-                "whose folder holds the encoder already: remove one of the two"
+                f"{second} = {show(getattr(self, second))} is set beside init.{first}, "
+                "which holds the encoder already: remove one of the two"
             )
         return self
-
-
-class ReconstructionConfig(Section):
-    """Mean squared error of pixels in [0, 1]."""
-
-    weight: Weight = 1.0
-    start_step: NotNegative = 0
-
-
-class PerceptualConfig(Section):
-    """LPIPS with VGG16, evaluated on every `every_steps`-th step with as many times the weight."""
-
-    weight: Weight = 1.0
-    start_step: NotNegative = 0
-    every_steps: Positive = 1
-    # A file of tools/make_lpips_weights.py; torchvision's cache if left out.
-    weights: Text | None = None
-
-
-class AdversarialConfig(Section):
-    """Patch discriminator with hinge losses."""
-
-    weight: Weight = 0.1
-    start_step: NotNegative = 0  # first step at which the generator sees the discriminator
-    # First step that trains the discriminator; `start_step` if left out.
-    discriminator_start_step: NotNegative | None = None
-    adaptive: bool = True  # scale by the ratio of gradient norms at the decoder's last layer
-    channels: Positive = 64
-    num_layers: Positive = 3
-
-    @model_validator(mode="after")
-    def _trained_before_used(self) -> AdversarialConfig:
-        if self.first_discriminator_step > self.start_step:
-            raise ValueError(
-                f"discriminator_start_step = {self.discriminator_start_step} is after start_step "
-                f"{self.start_step}: the generator would follow an untrained discriminator"
-            )
-        return self
-
-    @property
-    def first_discriminator_step(self) -> int:
-        """The step at which the discriminator starts to train."""
-        first = self.discriminator_start_step
-        return self.start_step if first is None else first
-
-
-class QuantizerLossConfig(Section):
-    """The SimVQ loss."""
-
-    weight: Weight = 1.0
-    start_step: NotNegative = 0
-
-
-class DistillationTerm(Section):
-    """Weight and start of one distillation term."""
-
-    weight: Weight = 1.0
-    start_step: NotNegative = 0
-
-
-class DistillationConfig(Section):
-    """Stage 2.
-
-    `quantized` pulls the projected code to the continuous feature, `teacher` the feature to that
-    of the encoder before the stage.
-    """
-
-    quantized: DistillationTerm = DistillationTerm()
-    teacher: DistillationTerm = DistillationTerm()
-
-
-class LossConfig(Section):
-    """Every term with its weight and start step. null switches an optional one off."""
-
-    reconstruction: ReconstructionConfig = ReconstructionConfig()
-    perceptual: PerceptualConfig | None = PerceptualConfig()
-    quantizer: QuantizerLossConfig = QuantizerLossConfig()
-    adversarial: AdversarialConfig | None = None
-    distillation: DistillationConfig | None = None
 
 
 class LearningRateMultiplierConfig(Section):
@@ -153,6 +95,17 @@ class RunConfig(Section):
     # Stage 1: images that set mean and scale of the features (model.standardization).
     calibration_images: Positive = 4096
     collective_timeout_minutes: Positive = 30
+    deterministic: bool = False  # bit for bit the same on the same hardware, at some cost in speed
+    # First and last step of a trace of rank 0, RUN/profile/, for chrome://tracing or Perfetto.
+    profile_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _profile_window(self) -> RunConfig:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(
+                f"profile_steps = {self.profile_steps} must be the first and the last step"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> RunConfig:
@@ -164,6 +117,43 @@ class RunConfig(Section):
                 "remove one of the two"
             )
         return self
+
+
+class MemoryConfig(Section):
+    """What is kept on a GPU and what is computed or fetched again.
+
+    Activation checkpointing keeps of each block its input alone (`full`), or its input and the
+    results of matrix products and attention (`selective`), and computes the rest once more in the
+    backward pass. The encoder's matters in stage 2 alone.
+
+    A frozen encoder (stage 2: the teacher) is `sharded` over the ranks and gathered layer by layer
+    in each forward, or `resident`, whole on every GPU, without that traffic.
+    """
+
+    encoder_checkpointing: Literal["none", "full", "selective"] = "none"
+    decoder_checkpointing: Literal["none", "full", "selective"] = "none"
+    frozen_encoder: Literal["sharded", "resident"] = "sharded"
+
+
+class GuardConfig(Section):
+    """When a step is not taken, and when a run ends by itself.
+
+    A step in which any loss of any rank is not finite, or in which reconstruction, perceptual or
+    adversarial loss is more than `spike_factor` times its running mean, is skipped on all ranks.
+    """
+
+    spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0  # null: off
+    max_skipped_steps: Positive = 20  # in a row: then the run saves a checkpoint and ends
+    no_progress_seconds: Positive = 1200  # then a rank dumps its stacks and ends the job
+
+
+class EMAConfig(Section):
+    """A moving average of the trained weights, in fp32, each rank its share.
+
+    After each step it becomes decay * average + (1 - decay) * weight.
+    """
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
 
 
 class CheckpointConfig(Section):
@@ -180,6 +170,8 @@ class MonitorConfig(Section):
     validate_every_steps: Positive = 1000  # figures and an image grid of the validation set
     num_images: Positive = 8  # of the grid
     usage_window_tokens: Positive = 100_000  # tokens over which codebook usage is counted
+    # Peak of one GPU in TFLOP/s at the run's precision, for the MFU; found by its name if left out.
+    peak_tflops: PositiveNumber | None = None
 
 
 class TrainConfig(Section):
@@ -192,6 +184,9 @@ class TrainConfig(Section):
     init: InitConfig = InitConfig()
     losses: LossConfig = LossConfig()
     lr_multiplier: LearningRateMultiplierConfig = LearningRateMultiplierConfig()
+    ema: EMAConfig | None = None
+    memory: MemoryConfig = MemoryConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
 
@@ -220,13 +215,13 @@ class TrainConfig(Section):
                 "effect with model.use_simvq = false, whose codes have no gradient: set it to 0"
             )
         if self.stage == 1 and not (
-            init.encoder_weights or init.model or init.allow_untrained_encoder
+            init.encoder_weights or init.model or init.from_run or init.allow_untrained_encoder
         ):
             raise ValueError(
                 "init.encoder_weights is missing: name the folder of a pretrained encoder, "
                 "or set init.allow_untrained_encoder: true to train on a random one"
             )
-        if self.stage == 2 and init.model is None:
+        if self.stage == 2 and init.model is None and init.from_run is None:
             raise ValueError(
                 "init.model is missing: stage 2 starts from a consolidated folder "
                 "(python tools/convert_checkpoint.py RUN/checkpoints OUT --to stage2)"
