@@ -25,11 +25,11 @@ def run_tool(main: Callable[[], None]) -> None:
         exit_with(error)
 
 
-def exit_with(error: Exception, *, silent: bool = False) -> NoReturn:
-    """Say what is wrong, unless a peer says the same, and exit with status 2."""
+def exit_with(error: Exception, *, silent: bool = False, status: int = 2) -> NoReturn:
+    """Say what is wrong, unless a peer says the same, and exit with `status`."""
     if not silent:
         message = str(error).strip()
         if "Original Traceback" in message:  # how torch passes on what went wrong in a worker
             message = message.splitlines()[-1].partition(": ")[2]
         sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    sys.exit(2)
+    sys.exit(status)

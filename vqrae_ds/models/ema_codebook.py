@@ -77,7 +77,13 @@ class EMACodebook(Quantizer):
         """
         quantized = super().quantize(z_BND)
         if self.training:
-            self._learn(z_BND.detach(), quantized.indices_BN)
+            # A value that is not finite would stay in the averages of all ranks for ever: its token
+            # teaches the code that it found nothing. The loss tells of it.
+            is_finite_BN1 = z_BND.detach().isfinite().all(-1, keepdim=True)
+            taught_BND = torch.where(
+                is_finite_BN1, z_BND.detach(), quantized.code_BND.to(z_BND.dtype)
+            )
+            self._learn(taught_BND, quantized.indices_BN)
         return quantized
 
     def resets(self) -> Iterator[tuple[nn.Module, Callable[[], None]]]:

@@ -1,0 +1,155 @@
+"""From a checked run to everything that the training loop works with.
+
+Torch and what needs it are imported in the functions, so that a mistake in the configuration does
+not wait for them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from vqrae_ds.config import LossConfig, Run
+
+if TYPE_CHECKING:
+    from vqrae_ds.checkpoint import TrainState
+    from vqrae_ds.data.index import ShardIndex
+    from vqrae_ds.data.stream import Batch
+    from vqrae_ds.ema import WeightAverage
+    from vqrae_ds.engines import DeepSpeedEngine, Ranks
+    from vqrae_ds.guard import Guard
+    from vqrae_ds.losses.objective import Objective
+    from vqrae_ds.losses.perceptual import PerceptualLoss
+
+logger = logging.getLogger(__name__)
+
+
+class Setup(NamedTuple):
+    """Everything that the loop works with."""
+
+    ranks: Ranks
+    generator: DeepSpeedEngine
+    discriminator: DeepSpeedEngine | None
+    objective: Objective
+    perceptual: PerceptualLoss | None
+    guard: Guard
+    ema: WeightAverage | None
+    batches: Iterator[Batch]
+    validation_index: ShardIndex | None
+    state: TrainState
+
+
+def prepare(run: Run) -> Setup:
+    """Read the data's index, build the engines, and load what there is to go on from.
+
+    Raises `ValueError` where something that the run needs is missing or does not fit.
+    """
+    # Imported here, so that a mistake in the configuration does not wait for torch.
+    from vqrae_ds import checkpoint, engines, first_weights
+    from vqrae_ds.calibration import calibrate
+    from vqrae_ds.data.index import read_index
+    from vqrae_ds.ema import WeightAverage
+    from vqrae_ds.guard import Guard
+
+    config = run.config
+    ranks = engines.start(run)
+    Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
+    index = read_index(Path(config.data.train))
+    if config.data.samples_per_epoch not in (None, index.num_samples):
+        logger.warning(
+            "data.samples_per_epoch is %d, and %s has %d samples: epochs count the former",
+            *(config.data.samples_per_epoch, config.data.train, index.num_samples),
+        )
+    validation = config.data.validation
+    validation_index = None if validation is None else read_index(Path(validation))
+
+    folder = checkpoint.find(run)  # the first of the starting points of config.InitConfig
+    generator = engines.build_generator(run, fill=folder is None)
+    discriminator = engines.build_discriminator(run, fill=folder is None)
+    ema = None if config.ema is None else WeightAverage(generator, config.ema.decay)
+    state, extra = checkpoint.TrainState(), {}
+    if folder is not None:
+        state, extra = checkpoint.resume(folder, generator, discriminator, ema=ema)
+        first_weights.check_filled(generator.module)
+        set_learning_rates(generator, discriminator, config.losses, state.step)
+    elif _needs_calibration(run):
+        images = _training_batches(run, ranks, index, start=0)
+        calibrate(generator, images, config.run.calibration_images, ranks.device)
+    objective, perceptual = _objective(run, ranks, discriminator)
+    return Setup(
+        ranks,
+        generator,
+        discriminator,
+        objective,
+        perceptual,
+        Guard(config.guard, extra.get("guard")),
+        ema,
+        _training_batches(run, ranks, index, start=state.samples),
+        validation_index,
+        state,
+    )
+
+
+def set_learning_rates(
+    generator: DeepSpeedEngine,
+    discriminator: DeepSpeedEngine | None,
+    losses: LossConfig,
+    step: int,
+) -> None:
+    """Give both engines the learning rates of `step`, counted from 0, the next to be taken."""
+    from vqrae_ds import engines
+
+    engines.set_learning_rate(generator, step)
+    if discriminator is not None:
+        first = losses.adversarial.first_discriminator_step
+        engines.set_learning_rate(discriminator, max(step - first, 0))
+
+
+def _objective(
+    run: Run, ranks: Ranks, discriminator: DeepSpeedEngine | None
+) -> tuple[Objective, PerceptualLoss | None]:
+    from vqrae_ds.engines import mean_over_ranks
+    from vqrae_ds.losses.convnext import ConvNextLoss
+    from vqrae_ds.losses.objective import Objective
+    from vqrae_ds.losses.perceptual import PerceptualLoss
+
+    losses, perceptual, convnext = run.config.losses, None, None
+    if losses.perceptual is not None:
+        weights = losses.perceptual.weights
+        perceptual = PerceptualLoss(weights and Path(weights)).to(ranks.device)
+    if losses.convnext is not None:
+        weights = losses.convnext.weights
+        convnext = ConvNextLoss(weights and Path(weights)).to(ranks.device)
+    module = discriminator and discriminator.module
+    return Objective(losses, perceptual, convnext, module, mean_over_ranks), perceptual
+
+
+def _needs_calibration(run: Run) -> bool:
+    """Weights that were trained before bring the statistics of their features with them."""
+    config = run.config
+    is_first = config.stage == 1 and not (config.init.model or config.init.from_run)
+    return is_first and config.model.standardization == "calibrated"
+
+
+def _training_batches(run: Run, ranks: Ranks, index: ShardIndex, *, start: int) -> Iterator[Batch]:
+    from vqrae_ds.data.decode import Augmentation
+    from vqrae_ds.data.stream import training_batches
+
+    data = run.config.data
+    return training_batches(
+        index,
+        image_size=run.config.model.image_size,
+        micro_batch_size=run.schedule.batch.micro_batch,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=run.config.run.seed,
+        start=start,
+        num_workers=data.num_workers,
+        augmentation=Augmentation(
+            crop_scale_min=data.crop_scale_min,
+            crop_scale_max=data.crop_scale_max,
+            horizontal_flip=data.horizontal_flip,
+        ),
+    )
