@@ -46,7 +46,10 @@ class Culprit(NamedTuple):
 
 
 class Guard:
-    """Judges losses, and counts the steps that were skipped. `state` is that of an earlier start."""
+    """Judges losses, and counts the steps that were skipped.
+
+    `state` is what an earlier start had learned.
+    """
 
     def __init__(self, config: GuardConfig, state: Mapping[str, Any] | None = None) -> None:
         self.config = config
