@@ -12,6 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-cells",
+        action="store_true",
+        help="all 72 cells of the exactness matrix, and not only those that pair every two values",
+    )
+
+
 @pytest.fixture(scope="session")
 def lpips_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weight file of the perceptual loss: `VQRAE_LPIPS_WEIGHTS`, else one that the tool makes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -15,6 +15,9 @@ from torch import nn
 from vqrae_ds.config import ModelConfig, Run, read_run
 from vqrae_ds.models.discriminator import PatchDiscriminator
 from vqrae_ds.models.vqrae import VQRAE
+
+if TYPE_CHECKING:
+    from vqrae_ds.preparation import Setup
 
 IMAGE_SIZE, PATCH_SIZE, NUM_CODES = 32, 8, 64
 
@@ -104,6 +107,33 @@ def make_run(
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "deepspeed.json").write_text(json.dumps(merged))
     return read_run(folder / "config.yaml", folder / "deepspeed.json", world_size=world_size)
+
+
+def make_setup(run: Run, perceptual: nn.Module | None = None) -> Setup:
+    """Engines and all that the trainer's own steps need, without data."""
+    from vqrae_ds.ema import WeightAverage
+
+    from vqrae_ds import engines
+    from vqrae_ds.checkpoint import TrainState
+    from vqrae_ds.guard import Guard
+    from vqrae_ds.losses.objective import Objective
+    from vqrae_ds.preparation import Setup
+
+    config = run.config
+    generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
+    module = discriminator and discriminator.module
+    return Setup(
+        ranks=None,
+        generator=generator,
+        discriminator=discriminator,
+        objective=Objective(config.losses, perceptual, None, module, engines.mean_over_ranks),
+        perceptual=perceptual,
+        guard=Guard(config.guard),
+        ema=None if config.ema is None else WeightAverage(generator, config.ema.decay),
+        batches=iter(()),
+        validation_index=None,
+        state=TrainState(),
+    )
 
 
 def random_images(

@@ -75,10 +75,11 @@ class Guard:
         return torch.where(is_sound, 1.0, math.nan)
 
     def limit(self, name: str) -> float:
-        """The largest sound magnitude of a term."""
-        if name not in self.means or self.config.spike_factor is None:
+        """The largest sound magnitude of a term: none where its level is not known yet."""
+        level = max(self.means.get(name, 0.0), WATCHED.get(name, 0.0))
+        if self.config.spike_factor is None or level == 0:
             return LARGEST
-        return min(self.config.spike_factor * max(self.means[name], WATCHED[name]), LARGEST)
+        return min(self.config.spike_factor * level, LARGEST)
 
     def step_taken(self) -> None:
         """All optimizers took the step."""

@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.distributed import run_ranks
-from tests.tiny import DEEPSPEED, ENCODER, GAN, MODEL, build_model, images_of
+from tests.launching import (
+    STEPS,
+    command,
+    environment,
+    make_inputs,
+    train,
+    write_configs,
+)
+from tests.tiny import images_of
 from vqrae_ds import VQRAE
 from vqrae_ds.config import read_run
 from vqrae_ds.conversion.consolidate import consolidate, find_step_folder
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
-from vqrae_ds.data.index import find_images, write_shards
 from vqrae_ds.evaluation.summary import read_metrics
 
 pytestmark = pytest.mark.slow
 
-STEPS, SAVE_EVERY, KILL_AFTER = 24, 8, 11
-ADAMW = {
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-    "scheduler": {
-        "type": "WarmupCosineLR",
-        "params": {"warmup_num_steps": 4, "warmup_type": "linear", "cos_min_ratio": 0.1},
-    },
-}
+KILL_AFTER = 11
 
 
 class Chain(NamedTuple):
@@ -49,38 +45,6 @@ class Chain(NamedTuple):
     stage1_weights: Path
     stage2: Path
     inference: Path
-
-
-def command(folder: Path, stage: int, *overrides: str) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    return [
-        *launcher,
-        *("--master_addr", "127.0.0.1", "--master_port", str(port), "--module", "vqrae_ds.train"),
-        *("--config", str(folder / f"stage{stage}.yaml")),
-        *("--deepspeed_config", str(folder / "deepspeed.json")),
-        *overrides,
-    ]
-
-
-def environment() -> dict[str, str]:
-    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": search, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-
-
-def train(folder: Path, stage: int, *overrides: str) -> str:
-    done = subprocess.run(
-        command(folder, stage, *overrides),
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 def train_until_killed(folder: Path, stage: int, run_folder: Path) -> None:
@@ -106,51 +70,10 @@ def train_until_killed(folder: Path, stage: int, run_folder: Path) -> None:
         process.wait()
 
 
-def write_configs(folder: Path, lpips: Path) -> None:
-    losses = {"perceptual": {"weight": 0.1, "every_steps": 2, "weights": str(lpips)}}
-    gan = {"weight": 0.1, "discriminator_start_step": 9, "start_step": 10, **GAN}
-    base = {
-        "model": {**MODEL, "encoder_config_path": str(folder / "encoder")},
-        "data": {
-            "train": str(folder / "train"),
-            "validation": str(folder / "val"),
-            "num_workers": 1,
-        },
-        "checkpoint": {"every_steps": SAVE_EVERY},
-        "monitor": {"log_every_steps": 1, "validate_every_steps": 1000},
-    }
-    stage1 = base | {
-        "stage": 1,
-        "run": {
-            "output_dir": str(folder / "stage1"),
-            "total_steps": STEPS,
-            "calibration_images": 64,
-        },
-        "init": {"encoder_weights": str(folder / "encoder")},
-        "losses": losses | {"adversarial": gan},
-    }
-    stage2 = base | {
-        "stage": 2,
-        "run": {"output_dir": str(folder / "stage2"), "total_steps": SAVE_EVERY},
-        "init": {"model": str(folder / "stage1_weights")},
-        "losses": losses,
-    }
-    (folder / "stage1.yaml").write_text(yaml.safe_dump(stage1))
-    (folder / "stage2.yaml").write_text(yaml.safe_dump(stage2))
-    (folder / "deepspeed.json").write_text(json.dumps(DEEPSPEED | ADAMW))
-
-
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, lpips_weights) -> Chain:
     folder = tmp_path_factory.mktemp("chain")
-    encoder = build_model().encoder.model
-    encoder.save_pretrained(folder / "encoder")
-    (folder / "encoder" / "config.json").write_text(json.dumps(ENCODER))
-    for split in ("train", "val"):
-        photographs = find_images(ROOT / "tests/data/photos" / split)
-        write_shards(
-            photographs, folder / split, samples_per_shard=10, root=ROOT / "tests/data/photos"
-        )
+    make_inputs(folder)
     write_configs(folder, lpips_weights)
 
     train(folder, 1, f"run.output_dir={folder / 'straight'}")

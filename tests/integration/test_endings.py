@@ -1,0 +1,117 @@
+"""How runs end that cannot go on, by the real launcher: a rank stands still, numbers stay bad."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+from tests.launching import command, environment, make_inputs, write_configs
+from vqrae_ds.conversion.consolidate import consolidate, find_step_folder
+from vqrae_ds.evaluation.summary import read_metrics
+from vqrae_ds.manifest import read_manifest
+
+pytestmark = pytest.mark.slow
+
+NO_PROGRESS = 10  # seconds
+LAUNCHER_GRACE = 60  # seconds in which the launcher must have ended what is left
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, lpips_weights) -> Path:
+    folder = tmp_path_factory.mktemp("endings")
+    make_inputs(folder)
+    write_configs(folder, lpips_weights)
+    return folder
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The trainer's processes below the launcher, the loaders of their data left out."""
+    below = psutil.Process(launcher.pid).children(recursive=True)
+    with_rank = [p for p in below if "RANK" in p.environ() and "vqrae_ds.train" in p.cmdline()]
+    return [p for p in with_rank if p.ppid() not in {other.pid for other in with_rank}]
+
+
+def test_a_rank_that_stops_ends_the_job_with_the_stacks_of_its_peers(folder):
+    run_folder = folder / "stopped"
+    overrides = [
+        f"run.output_dir={run_folder}",
+        "run.total_steps=100000",
+        f"guard.no_progress_seconds={NO_PROGRESS}",
+        "checkpoint.every_steps=100000",
+    ]
+    with open(folder / "stopped.log", "w") as log:
+        launcher = subprocess.Popen(
+            command(folder, 1, *overrides),
+            env=environment(),
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    every: list[psutil.Process] = []
+    try:
+        metrics = run_folder / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and '"step": 3,' in metrics.read_text()):
+            assert launcher.poll() is None, (folder / "stopped.log").read_text()
+            assert time.monotonic() < deadline, "the run never got to the step"
+            time.sleep(0.05)
+        every = psutil.Process(launcher.pid).children(recursive=True)
+        ranks = ranks_of(launcher)
+        assert len(ranks) == 2
+        stopped = next(p for p in ranks if p.environ()["RANK"] == "1")
+        stopped.send_signal(signal.SIGSTOP)
+        status = launcher.wait(timeout=NO_PROGRESS + LAUNCHER_GRACE)
+        assert status != 0
+        _, alive = psutil.wait_procs(every, timeout=10)
+        assert not alive, "no process outlives the job"
+    finally:
+        for process in every:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    log = (folder / "stopped.log").read_text()
+    assert f"rank 0 made no progress for {NO_PROGRESS} s in step" in log
+    stacks = (run_folder / "stacks" / "rank_00000.txt").read_text()
+    assert "micro_step" in stacks or "in train" in stacks, stacks
+    assert not (run_folder / "stacks" / "rank_00001.txt").exists(), "it stood still"
+
+
+def test_a_discriminator_that_explodes_ends_the_run_with_the_last_good_weights(folder):
+    run_folder = folder / "exploded"
+    overrides = [
+        f"run.output_dir={run_folder}",
+        "lr_multiplier.discriminator=1e7",
+        "guard.max_skipped_steps=3",
+        "checkpoint.every_steps=1000",
+    ]
+    done = subprocess.run(
+        command(folder, 1, *overrides),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1, done.stderr[-4000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "3 steps in a row were skipped" in lines[0]
+    assert "gan/discriminator = " in lines[0] or "loss/adversarial = " in lines[0]
+    checkpoint = find_step_folder(run_folder)
+    assert str(checkpoint) in lines[0]
+    steps = [e for e in read_metrics(run_folder) if "loss/total" in e]
+    assert steps[-1]["optim/skipped_steps"] == 3
+    assert read_manifest(checkpoint).step == steps[-1]["step"]
+    consolidate(checkpoint, folder / "exploded_weights", to="inference")
+    good = [e["loss/reconstruction"] for e in steps]
+    assert good[-1] < 2 * min(good), "the generator is as good as before"

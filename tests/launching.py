@@ -1,0 +1,102 @@
+"""Whole runs through the real launcher, small: configuration files, command line, environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests.conftest import ROOT
+from tests.tiny import DEEPSPEED, ENCODER, GAN, MODEL, build_model
+from vqrae_ds.data.index import find_images, write_shards
+
+STEPS, SAVE_EVERY = 24, 8
+ADAMW = {
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {"warmup_num_steps": 4, "warmup_type": "linear", "cos_min_ratio": 0.1},
+    },
+}
+
+
+def command(folder: Path, stage: int, *overrides: str) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    return [
+        *launcher,
+        *("--master_addr", "127.0.0.1", "--master_port", str(port), "--module", "vqrae_ds.train"),
+        *("--config", str(folder / f"stage{stage}.yaml")),
+        *("--deepspeed_config", str(folder / "deepspeed.json")),
+        *overrides,
+    ]
+
+
+def environment() -> dict[str, str]:
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": search, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def train(folder: Path, stage: int, *overrides: str) -> str:
+    done = subprocess.run(
+        command(folder, stage, *overrides),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def make_inputs(folder: Path) -> None:
+    """A pretrained encoder, and the photographs as shards."""
+    build_model().encoder.model.save_pretrained(folder / "encoder")
+    (folder / "encoder" / "config.json").write_text(json.dumps(ENCODER))
+    for split in ("train", "val"):
+        photographs = find_images(ROOT / "tests/data/photos" / split)
+        write_shards(
+            photographs, folder / split, samples_per_shard=10, root=ROOT / "tests/data/photos"
+        )
+
+
+def write_configs(folder: Path, lpips: Path) -> None:
+    losses = {"perceptual": {"weight": 0.1, "every_steps": 2, "weights": str(lpips)}}
+    gan = {"weight": 0.1, "discriminator_start_step": 9, "start_step": 10, **GAN}
+    base = {
+        "model": {**MODEL, "encoder_config_path": str(folder / "encoder")},
+        "data": {
+            "train": str(folder / "train"),
+            "validation": str(folder / "val"),
+            "num_workers": 1,
+        },
+        "checkpoint": {"every_steps": SAVE_EVERY},
+        "monitor": {"log_every_steps": 1, "validate_every_steps": 1000},
+    }
+    stage1 = base | {
+        "stage": 1,
+        "run": {
+            "output_dir": str(folder / "stage1"),
+            "total_steps": STEPS,
+            "calibration_images": 64,
+        },
+        "init": {"encoder_weights": str(folder / "encoder")},
+        "losses": losses | {"adversarial": gan},
+    }
+    stage2 = base | {
+        "stage": 2,
+        "run": {"output_dir": str(folder / "stage2"), "total_steps": SAVE_EVERY},
+        "init": {"model": str(folder / "stage1_weights")},
+        "losses": losses,
+    }
+    (folder / "stage1.yaml").write_text(yaml.safe_dump(stage1))
+    (folder / "stage2.yaml").write_text(yaml.safe_dump(stage2))
+    (folder / "deepspeed.json").write_text(json.dumps(DEEPSPEED | ADAMW))
