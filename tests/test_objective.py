@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.tiny import GAN, build_model, images_of
 from vqrae_ds.config import LossConfig
 from vqrae_ds.losses import adversarial, distillation
-from vqrae_ds.losses.objective import GeneratorLoss, Objective, discriminator_loss
+from vqrae_ds.losses.objective import GeneratorLoss, Objective
 from vqrae_ds.models.decoder import unpatchify
 from vqrae_ds.models.discriminator import PatchDiscriminator
 from vqrae_ds.models.training_model import TrainingModel, TrainingOutput
@@ -48,7 +48,7 @@ def make_model() -> TrainingModel:
 def evaluate(
     config: LossConfig, step: int = 0, discriminator: PatchDiscriminator | None = None
 ) -> GeneratorLoss:
-    objective = Objective(config, perceptual, discriminator, lambda tensor: tensor)
+    objective = Objective(config, perceptual, None, discriminator, lambda tensor: tensor)
     return objective.generator(make_model()(IMAGES), IMAGES, step)
 
 
@@ -91,7 +91,7 @@ def test_value_terms_and_gradients_are_those_of_the_composed_loss(
     ours, theirs = make_model(), make_model()
     section = gan and {"weight": GAN_WEIGHT, **GAN, **gan}
     config = make_config(adversarial=section)
-    objective = Objective(config, perceptual, make_discriminator(), lambda tensor: tensor)
+    objective = Objective(config, perceptual, None, make_discriminator(), lambda tensor: tensor)
     loss = objective.generator(ours(IMAGES), IMAGES, step=0)
     loss.surrogate.backward()
     expected, terms = composed(theirs, theirs(IMAGES), gan)
@@ -120,7 +120,7 @@ def test_bfloat16_patches_are_compared_in_fp32() -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     output = model(IMAGES)
-    objective = Objective(make_config(), perceptual, None, lambda tensor: tensor)
+    objective = Objective(make_config(), perceptual, None, None, lambda tensor: tensor)
     loss = objective.generator(output, IMAGES, step=0)
     pixels = unpatchify(output.vqrae.patches_BhwP).float()
     assert torch.equal(loss.terms["loss/reconstruction"], F.mse_loss(pixels, IMAGES))
@@ -134,7 +134,7 @@ def test_images_for_the_discriminator_are_detached_and_not_clamped() -> None:
     model = make_model()
     with torch.no_grad():
         model.vqrae.decoder.head.bias.fill_(3.0)
-    objective = Objective(make_config(), perceptual, None, lambda tensor: tensor)
+    objective = Objective(make_config(), perceptual, None, None, lambda tensor: tensor)
     output = model(IMAGES)
     images_hat = objective.generator(output, IMAGES, step=0).images_hat_B3HW
     assert not images_hat.requires_grad and images_hat.max() > 1
@@ -172,7 +172,7 @@ def test_the_graph_of_the_perceptual_loss_is_freed_before_the_discriminator_runs
     seen: list[Any] = []
     discriminator.register_forward_pre_hook(lambda *_: seen.append(alive[0]()))
     config = make_config(adversarial={"adaptive": True, **GAN})
-    objective = Objective(config, watched, discriminator, lambda tensor: tensor)
+    objective = Objective(config, watched, None, discriminator, lambda tensor: tensor)
     objective.generator(make_model()(IMAGES), IMAGES, step=0)
     assert seen == [None]
 
@@ -205,7 +205,7 @@ def test_a_perceptual_loss_on_every_third_step_counts_three_times() -> None:
     distance = losses[2].terms["loss/perceptual"]
     torch.testing.assert_close(losses[2].total - losses[1].total, 3 * 0.7 * distance)
     model = make_model()
-    every = Objective(make_config(perceptual={"weight": 2.1}), perceptual, None, lambda t: t)
+    every = Objective(make_config(perceptual={"weight": 2.1}), perceptual, None, None, lambda t: t)
     torch.testing.assert_close(
         losses[2].surrogate, every.generator(model(IMAGES), IMAGES, step=2).surrogate
     )
@@ -224,7 +224,7 @@ def test_a_perceptual_loss_on_every_third_step_counts_three_times() -> None:
 def test_the_discriminator_trains_from_its_own_start(
     section: dict[str, Any] | None, first: int | None
 ) -> None:
-    objective = Objective(make_config(adversarial=section), None, None, lambda tensor: tensor)
+    objective = Objective(make_config(adversarial=section), None, None, None, lambda tensor: tensor)
     trained = [step for step in range(5) if objective.trains_discriminator(step)]
     assert trained == ([] if first is None else list(range(first, 5)))
 

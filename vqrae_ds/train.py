@@ -82,6 +82,7 @@ def prepare(run: Run) -> Setup:
     from vqrae_ds import checkpoint, engines, first_weights
     from vqrae_ds.calibration import calibrate
     from vqrae_ds.data.index import read_index
+    from vqrae_ds.losses.convnext import ConvNextLoss
     from vqrae_ds.losses.objective import Objective
     from vqrae_ds.losses.perceptual import PerceptualLoss
 
@@ -96,10 +97,13 @@ def prepare(run: Run) -> Setup:
         )
     validation = config.data.validation
     validation_index = None if validation is None else read_index(Path(validation))
-    perceptual = None
+    perceptual = convnext = None
     if config.losses.perceptual is not None:
         weights = config.losses.perceptual.weights
         perceptual = PerceptualLoss(weights and Path(weights)).to(ranks.device)
+    if config.losses.convnext is not None:
+        weights = config.losses.convnext.weights
+        convnext = ConvNextLoss(weights and Path(weights)).to(ranks.device)
 
     # Where to start: 1. a checkpoint of the run, 2. init.model, 3. init.encoder_weights, 4. random.
     folder = checkpoint.find(run)
@@ -114,7 +118,11 @@ def prepare(run: Run) -> Setup:
         calibrate(generator, images, config.run.calibration_images, ranks.device)
 
     objective = Objective(
-        config.losses, perceptual, discriminator and discriminator.module, engines.mean_over_ranks
+        config.losses,
+        perceptual,
+        convnext,
+        discriminator and discriminator.module,
+        engines.mean_over_ranks,
     )
     batches = _training_batches(run, ranks, index, start=state.samples)
     return Setup(
@@ -150,6 +158,7 @@ def train(run: Run, setup: Setup) -> None:
             if is_due(state.step, config.monitor.validate_every_steps, total_steps):
                 _validate(run, setup, monitor, state.step)
             if is_due(state.step, config.checkpoint.every_steps, total_steps):
+                setup.objective.settle()
                 checkpoint.save(run, generator, discriminator, state)
     monitor.close()
     logger.info("done: %d steps, %s", state.step, config.run.output_dir)
@@ -167,14 +176,12 @@ def micro_step(
 
     Returns the terms of the losses, detached.
     """
-    from vqrae_ds.losses.objective import discriminator_loss
-
     loss = objective.generator(generator(images_B3HW), images_B3HW, step)
     generator.backward(loss.surrogate)
     generator.step()
     if not objective.trains_discriminator(step):
         return loss.terms
-    verdict = discriminator_loss(discriminator, images_B3HW, loss.images_hat_B3HW)
+    verdict = objective.discriminator_loss(discriminator, images_B3HW, loss.images_hat_B3HW, step)
     discriminator.backward(verdict.total)
     discriminator.step()
     return loss.terms | verdict.terms

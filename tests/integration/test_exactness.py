@@ -115,6 +115,7 @@ def train_with_engines(rank: int, run: Run, lpips: Path, result: Path) -> None:
     objective = Objective(
         run.config.losses,
         smooth_lpips(lpips),
+        None,
         discriminator and discriminator.module,
         engines.mean_over_ranks,
     )

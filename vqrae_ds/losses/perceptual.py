@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 MIN_SIDE = 16  # px: four poolings come before the last features
+EPSILON = 1e-10  # as in the package
 _REMEDY = (
     "run `python tools/make_lpips_weights.py OUT` and set `losses.perceptual.weights` to that file"
 )
@@ -52,12 +53,25 @@ class PerceptualLoss(nn.Module):
         distance that is not finite; looking for them here would make every step wait for the GPU.
         Raises `ValueError` for other shapes and for sides below 16 px.
         """
-        _check_shapes(images_hat_B3HW, images_B3HW)
+        check_shapes(images_hat_B3HW, images_B3HW, MIN_SIDE)
         # Frozen weights and a detached target: the target's pass records nothing for backward.
         images_hat, images = images_hat_B3HW.float(), images_B3HW.detach().float()
         with torch.autocast(images_hat.device.type, enabled=False):
-            distances_B111 = self.graph(images_hat, images, normalize=True)
-        return distances_B111.flatten()
+            pairs = zip(self._features(images_hat), self._features(images), strict=True)
+            layers_B = [
+                head((ours_BCHW - theirs_BCHW).square()).mean((1, 2, 3))
+                for head, (ours_BCHW, theirs_BCHW) in zip(self.graph.lins, pairs, strict=True)
+            ]
+        return torch.stack(layers_B).sum(0)
+
+    def _features(self, images_B3HW: Tensor) -> list[Tensor]:
+        """The features (B, C, H, W) of each layer, of length 1 along the channels.
+
+        As in the package, but for the gradient where all channels are 0: there its square root has
+        none, and the package's own `normalize_tensor` gives NaN. That of a norm is 0.
+        """
+        layers = self.graph.net(self.graph.scaling_layer(2 * images_B3HW - 1))
+        return [x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + EPSILON) for x in layers]
 
 
 def find_weights(weights: Path | None) -> Path:
@@ -72,14 +86,15 @@ def find_weights(weights: Path | None) -> Path:
     return path
 
 
-def _check_shapes(images_hat: Tensor, images: Tensor) -> None:
+def check_shapes(images_hat: Tensor, images: Tensor, min_side: int) -> None:
+    """Raise `ValueError` unless both are (B, 3, H, W) with sides of `min_side` px or more."""
     if images_hat.shape != images.shape or images.ndim != 4 or images.shape[1] != 3:
         shapes = f"{tuple(images_hat.shape)} and {tuple(images.shape)}"
         raise ValueError(f"the perceptual loss needs two batches (B, 3, H, W), got {shapes}")
     height, width = images.shape[2:]
-    if min(height, width) < MIN_SIDE:
+    if min(height, width) < min_side:
         size = f"{height} x {width} px"
-        raise ValueError(f"the perceptual loss needs sides of {MIN_SIDE} px or more, got {size}")
+        raise ValueError(f"the perceptual loss needs sides of {min_side} px or more, got {size}")
 
 
 def _build_graph() -> nn.Module:
