@@ -31,8 +31,8 @@ from vqrae_ds.models.training_model import TrainingOutput
 class GeneratorLoss(NamedTuple):
     """`surrogate` has the gradient of `total`, and another value.
 
-    `terms` holds detached fp32 scalars by their stable names: `loss/total`, each term that took part
-    without its weight, the adaptive weight, and `retention/..` where there is a teacher.
+    `terms` holds detached scalars by their stable names: `loss/total`, each term that took part
+    without its weight, the adaptive weight, and `retention/..` where there are teacher features.
     """
 
     surrogate: Tensor

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 MIN_SIDE = 16  # px: four poolings come before the last features
-EPSILON = 1e-10  # as in the package
 _REMEDY = (
     "run `python tools/make_lpips_weights.py OUT` and set `losses.perceptual.weights` to that file"
 )
@@ -57,21 +56,8 @@ class PerceptualLoss(nn.Module):
         # Frozen weights and a detached target: the target's pass records nothing for backward.
         images_hat, images = images_hat_B3HW.float(), images_B3HW.detach().float()
         with torch.autocast(images_hat.device.type, enabled=False):
-            pairs = zip(self._features(images_hat), self._features(images), strict=True)
-            layers_B = [
-                head((ours_BCHW - theirs_BCHW).square()).mean((1, 2, 3))
-                for head, (ours_BCHW, theirs_BCHW) in zip(self.graph.lins, pairs, strict=True)
-            ]
-        return torch.stack(layers_B).sum(0)
-
-    def _features(self, images_B3HW: Tensor) -> list[Tensor]:
-        """The features (B, C, H, W) of each layer, of length 1 along the channels.
-
-        As in the package, but for the gradient where all channels are 0: there its square root has
-        none, and the package's own `normalize_tensor` gives NaN. That of a norm is 0.
-        """
-        layers = self.graph.net(self.graph.scaling_layer(2 * images_B3HW - 1))
-        return [x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + EPSILON) for x in layers]
+            distances_B111 = self.graph(images_hat, images, normalize=True)
+        return distances_B111.flatten()
 
 
 def find_weights(weights: Path | None) -> Path:
