@@ -42,8 +42,10 @@ class GeneratorLoss(NamedTuple):
 
 
 class DiscriminatorLoss(NamedTuple):
-    """The weighted sum of the losses, and what to watch: each without its weight, mean logits, and
-    the share of patches judged right."""
+    """The weighted sum of hinge loss and LeCam, and what to watch.
+
+    `terms` holds both without a weight, the mean logits, and the share of patches judged right.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -53,8 +55,8 @@ class Objective:
     """Composes the losses.
 
     `perceptual(images_hat, images)` and `convnext(images_hat, images)` give distances (B,).
-    `discriminator` is the plain module, never its engine. `mean_over_ranks` reduces a small tensor
-    over the data-parallel ranks.
+    `discriminator` is the plain module of `build_discriminator`, never its engine.
+    `mean_over_ranks` reduces a small tensor over the data-parallel ranks.
     """
 
     def __init__(

@@ -64,8 +64,7 @@ class BlurPoolDiscriminator(nn.Module):
 
     After `NLayerDiscriminator` of github.com/bytedance/1d-tokenizer
     (modeling/modules/discriminator.py): the first stage keeps `channels` channels, each other
-    doubles them; images are not centred. The group sizes of narrow stages differ, where 32 groups
-    do not divide them.
+    doubles them; images are not centred. Where 32 groups do not divide a narrow stage it has fewer.
     """
 
     def __init__(self, channels: int = 128, num_layers: int = 3, *, lecam: bool = False) -> None:
