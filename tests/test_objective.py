@@ -12,14 +12,16 @@ from torch import Tensor
 
 from tests.tiny import GAN, build_model, images_of
 from vqrae_ds.config import LossConfig
-from vqrae_ds.losses import adversarial, distillation
-from vqrae_ds.losses.objective import GeneratorLoss, Objective, discriminator_loss
+from vqrae_ds.losses import adversarial
+from vqrae_ds.losses.objective import GeneratorLoss, Objective
 from vqrae_ds.models.decoder import unpatchify
 from vqrae_ds.models.discriminator import PatchDiscriminator
 from vqrae_ds.models.training_model import TrainingModel, TrainingOutput
 
-WEIGHTS = {"reconstruction": 1.3, "perceptual": 0.7, "quantizer": 0.9}
+WEIGHTS = {"reconstruction": 1.3, "perceptual": 0.7, "convnext": 0.4, "quantizer": 0.9}
+IMAGE_LOSSES = ("reconstruction", "perceptual", "convnext")
 DISTILLATION = {"quantized": 0.8, "teacher": 0.6}
+RETENTION = ("retention/cosine", "retention/l2")
 GAN_WEIGHT = 0.3
 IMAGES = images_of(0, 0)
 
@@ -27,6 +29,15 @@ IMAGES = images_of(0, 0)
 def perceptual(images_hat: Tensor, images: Tensor) -> Tensor:
     """A smooth stand-in for LPIPS: (B,), with a gradient that is no multiple of the pixel error."""
     return (images_hat.pow(2) - images.pow(2)).diff(dim=-1).square().mean((1, 2, 3))
+
+
+def convnext(images_hat: Tensor, images: Tensor) -> Tensor:
+    """The same for the ConvNeXt term, with a gradient of its own."""
+    return (images_hat.mean(1) - images.mean(1)).pow(4).sum((1, 2))
+
+
+def refuse(tensor: Tensor) -> Tensor:
+    pytest.fail("nothing is to be reduced here")
 
 
 def make_config(**changes: Any) -> LossConfig:
@@ -48,7 +59,7 @@ def make_model() -> TrainingModel:
 def evaluate(
     config: LossConfig, step: int = 0, discriminator: PatchDiscriminator | None = None
 ) -> GeneratorLoss:
-    objective = Objective(config, perceptual, discriminator, lambda tensor: tensor)
+    objective = Objective(config, perceptual, convnext, discriminator, lambda tensor: tensor)
     return objective.generator(make_model()(IMAGES), IMAGES, step)
 
 
@@ -61,6 +72,7 @@ def composed(
     terms = {
         "loss/reconstruction": F.mse_loss(images_hat, IMAGES),
         "loss/perceptual": perceptual(images_hat, IMAGES).mean(),
+        "loss/convnext": convnext(images_hat, IMAGES).mean(),
         "loss/quantizer": vqrae.vq_loss,
         "loss/distillation_quantized": F.mse_loss(vqrae.code_BNE, vqrae.z_BNE.detach()),
         "loss/distillation_teacher": F.mse_loss(vqrae.features_BND, output.teacher_features_BND),
@@ -69,7 +81,7 @@ def composed(
     weights |= {f"loss/distillation_{n}": w for n, w in DISTILLATION.items()}
     total = sum(weights[name] * term for name, term in terms.items())
     if gan is not None:
-        image_loss = sum(weights[n] * terms[n] for n in ("loss/reconstruction", "loss/perceptual"))
+        image_loss = sum(weights[f"loss/{n}"] * terms[f"loss/{n}"] for n in IMAGE_LOSSES)
         terms["loss/adversarial"] = -make_discriminator()(images_hat).mean()
         weight = GAN_WEIGHT
         if gan["adaptive"]:
@@ -81,7 +93,13 @@ def composed(
             terms["gan/adaptive_weight"] = image_norm / (gan_norm + 1e-4)
             weight = weight * terms["gan/adaptive_weight"].detach()
         total = total + weight * terms["loss/adversarial"]
-    return total, {**terms, "loss/total": total}
+    return total, {**terms, **retention_of(output), "loss/total": total}
+
+
+def retention_of(output: TrainingOutput) -> dict[str, Tensor]:
+    ours, theirs = output.vqrae.features_BND.detach(), output.teacher_features_BND
+    cosine_BN = (ours * theirs).sum(-1) / (ours.norm(dim=-1) * theirs.norm(dim=-1))
+    return {"retention/cosine": cosine_BN.mean(), "retention/l2": F.mse_loss(ours, theirs)}
 
 
 @pytest.mark.parametrize("gan", [None, {"adaptive": False}, {"adaptive": True}])
@@ -91,7 +109,7 @@ def test_value_terms_and_gradients_are_those_of_the_composed_loss(
     ours, theirs = make_model(), make_model()
     section = gan and {"weight": GAN_WEIGHT, **GAN, **gan}
     config = make_config(adversarial=section)
-    objective = Objective(config, perceptual, make_discriminator(), lambda tensor: tensor)
+    objective = Objective(config, perceptual, convnext, make_discriminator(), lambda tensor: tensor)
     loss = objective.generator(ours(IMAGES), IMAGES, step=0)
     loss.surrogate.backward()
     expected, terms = composed(theirs, theirs(IMAGES), gan)
@@ -120,7 +138,7 @@ def test_bfloat16_patches_are_compared_in_fp32() -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     output = model(IMAGES)
-    objective = Objective(make_config(), perceptual, None, lambda tensor: tensor)
+    objective = Objective(make_config(), perceptual, convnext, None, lambda tensor: tensor)
     loss = objective.generator(output, IMAGES, step=0)
     pixels = unpatchify(output.vqrae.patches_BhwP).float()
     assert torch.equal(loss.terms["loss/reconstruction"], F.mse_loss(pixels, IMAGES))
@@ -134,7 +152,7 @@ def test_images_for_the_discriminator_are_detached_and_not_clamped() -> None:
     model = make_model()
     with torch.no_grad():
         model.vqrae.decoder.head.bias.fill_(3.0)
-    objective = Objective(make_config(), perceptual, None, lambda tensor: tensor)
+    objective = Objective(make_config(), perceptual, convnext, None, lambda tensor: tensor)
     output = model(IMAGES)
     images_hat = objective.generator(output, IMAGES, step=0).images_hat_B3HW
     assert not images_hat.requires_grad and images_hat.max() > 1
@@ -172,43 +190,41 @@ def test_the_graph_of_the_perceptual_loss_is_freed_before_the_discriminator_runs
     seen: list[Any] = []
     discriminator.register_forward_pre_hook(lambda *_: seen.append(alive[0]()))
     config = make_config(adversarial={"adaptive": True, **GAN})
-    objective = Objective(config, watched, discriminator, lambda tensor: tensor)
+    objective = Objective(config, watched, convnext, discriminator, lambda tensor: tensor)
     objective.generator(make_model()(IMAGES), IMAGES, step=0)
     assert seen == [None]
 
 
 def test_terms_wait_for_their_start_step() -> None:
-    starts = {"reconstruction": 1, "perceptual": 2, "quantizer": 3, "adversarial": 4}
+    starts = {"reconstruction": 1, "perceptual": 2, "convnext": 3, "quantizer": 4, "adversarial": 5}
     sections: dict[str, Any] = {name: {"start_step": start} for name, start in starts.items()}
     sections["adversarial"] |= {"adaptive": False, **GAN}
-    sections["distillation"] = {"quantized": {"start_step": 5}, "teacher": {"start_step": 6}}
+    sections["distillation"] = {"quantized": {"start_step": 6}, "teacher": {"start_step": 7}}
     names = [f"loss/{name}" for name in starts]
     names += ["loss/distillation_quantized", "loss/distillation_teacher"]
-    for step in range(7):
+    for step in range(8):
         terms = evaluate(make_config(**sections), step, make_discriminator()).terms
-        assert terms.keys() == {"loss/total", *names[:step]}
+        assert terms.keys() == {"loss/total", *RETENTION, *names[:step]}
 
 
 def test_a_weight_of_zero_or_a_missing_section_switches_a_term_off() -> None:
     off = {name: {"weight": 0.0} for name in ("reconstruction", "quantizer", "adversarial")}
-    loss = evaluate(make_config(**off, perceptual=None, distillation=None))
-    assert loss.terms.keys() == {"loss/total"}
+    loss = evaluate(make_config(**off, perceptual=None, convnext=None, distillation=None))
+    assert loss.terms.keys() == {"loss/total", *RETENTION}
     assert loss.total == 0
     loss.surrogate.backward()  # there is a graph whatever is off
 
 
-def test_a_perceptual_loss_on_every_third_step_counts_three_times() -> None:
+@pytest.mark.parametrize("name", ["perceptual", "convnext"])
+def test_a_network_on_every_third_step_counts_three_times(name: str) -> None:
     section = {"weight": 0.7, "start_step": 2, "every_steps": 3}
-    losses = [evaluate(make_config(perceptual=section), step) for step in range(9)]
-    took_part = [step for step, loss in enumerate(losses) if "loss/perceptual" in loss.terms]
+    losses = [evaluate(make_config(**{name: section}), step) for step in range(9)]
+    took_part = [step for step, loss in enumerate(losses) if f"loss/{name}" in loss.terms]
     assert took_part == [2, 5, 8]
-    distance = losses[2].terms["loss/perceptual"]
+    distance = losses[2].terms[f"loss/{name}"]
     torch.testing.assert_close(losses[2].total - losses[1].total, 3 * 0.7 * distance)
-    model = make_model()
-    every = Objective(make_config(perceptual={"weight": 2.1}), perceptual, None, lambda t: t)
-    torch.testing.assert_close(
-        losses[2].surrogate, every.generator(model(IMAGES), IMAGES, step=2).surrogate
-    )
+    every = evaluate(make_config(**{name: {"weight": 2.1}}), step=2)
+    torch.testing.assert_close(losses[2].surrogate, every.surrogate)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +240,7 @@ def test_a_perceptual_loss_on_every_third_step_counts_three_times() -> None:
 def test_the_discriminator_trains_from_its_own_start(
     section: dict[str, Any] | None, first: int | None
 ) -> None:
-    objective = Objective(make_config(adversarial=section), None, None, lambda tensor: tensor)
+    objective = Objective(make_config(adversarial=section), None, None, None, lambda tensor: tensor)
     trained = [step for step in range(5) if objective.trains_discriminator(step)]
     assert trained == ([] if first is None else list(range(first, 5)))
 
@@ -235,22 +251,36 @@ def test_the_adaptive_weight_is_the_root_mean_square_over_ranks_and_limited() ->
     norms_2 = torch.stack(
         [(g.flatten(0, 1).T @ hidden.flatten(0, 1)).norm() for g in (image_grad, gan_grad)]
     )
-    alone = adversarial.adaptive_weight(image_grad, gan_grad, hidden, lambda t: t)
-    torch.testing.assert_close(alone, norms_2[0] / (norms_2[1] + 1e-4))
+    squares_2 = adversarial.head_gradient_squares(image_grad, gan_grad, hidden)
+    torch.testing.assert_close(squares_2, norms_2.square())
+    torch.testing.assert_close(
+        adversarial.adaptive_weight(squares_2), norms_2[0] / (norms_2[1] + 1e-4)
+    )
 
-    other_2 = torch.tensor([30.0, 40.0])  # squared norms of a second rank
-    shared = adversarial.adaptive_weight(image_grad, gan_grad, hidden, lambda t: (t + other_2) / 2)
+    other_2 = torch.tensor([30.0, 40.0])  # of a second rank
     means_2 = ((norms_2.square() + other_2) / 2).sqrt()
-    torch.testing.assert_close(shared, means_2[0] / (means_2[1] + 1e-4))
+    torch.testing.assert_close(
+        adversarial.adaptive_weight((squares_2 + other_2) / 2), means_2[0] / (means_2[1] + 1e-4)
+    )
+    assert adversarial.adaptive_weight(torch.tensor([1e6, 0.0])) == 1e4
+    assert adversarial.adaptive_weight(torch.zeros(2)) == 0
 
-    nothing = torch.zeros_like(gan_grad)
-    assert adversarial.adaptive_weight(image_grad * 10, nothing, hidden, lambda t: t) == 1e4
+
+def test_norms_of_bfloat16_gradients_are_taken_in_fp32() -> None:
+    """bf16 has no 6000: it would be 6016."""
+    grad = torch.full((1, 1000, 1), 2.0, dtype=torch.bfloat16)
+    hidden = torch.full((1, 1000, 1), 3.0, dtype=torch.bfloat16)
+    squares_2 = adversarial.head_gradient_squares(grad, grad / 2, hidden)
+    assert squares_2.tolist() == [6000.0**2, 3000.0**2]
 
 
 def test_the_hinge_loss_asks_for_no_more_than_one() -> None:
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0])
     assert adversarial.discriminator_loss(real, fake) == (0.5 / 2 + 2.0 / 2) / 2
     assert adversarial.generator_loss(fake) == 1.0
+    real, fake = real.bfloat16(), fake.bfloat16()
+    assert adversarial.discriminator_loss(real, fake).dtype == torch.float32
+    assert adversarial.generator_loss(fake).dtype == torch.float32
 
 
 def test_the_discriminator_sees_real_and_fake_in_one_call() -> None:
@@ -258,12 +288,13 @@ def test_the_discriminator_sees_real_and_fake_in_one_call() -> None:
 
     def discriminate(images: Tensor) -> Tensor:
         calls.append(images)
-        return images.mean((1, 2, 3), keepdim=True) * 8 - 4
+        return (images.mean((1, 2, 3), keepdim=True) * 8 - 4).bfloat16()
 
     real, fake = torch.full((2, 3, 8, 8), 0.75), torch.full((2, 3, 8, 8), 0.25)
     fake[1] = 0.625
-    total, terms = discriminator_loss(discriminate, real, fake)
-    assert len(calls) == 1
+    objective = Objective(make_config(adversarial={}), None, None, make_discriminator(), refuse)
+    total, terms = objective.discriminator_loss(discriminate, real, fake, step=0)
+    assert len(calls) == 1 and total.dtype == torch.float32
     assert total.item() == (0 + (0 + 2) / 2) / 2
     values = {name: term.item() for name, term in terms.items()}
     assert values == {
@@ -272,19 +303,3 @@ def test_the_discriminator_sees_real_and_fake_in_one_call() -> None:
         "gan/logits_fake": -0.5,
         "gan/accuracy": 0.75,
     }
-
-
-def test_distillation_of_the_code_does_not_hold_the_encoder() -> None:
-    """After the straight-through step it would: with the opposite of the commitment's gradient."""
-    code, z = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
-    distillation.quantized_loss(code, z).backward()
-    assert z.grad is None
-    torch.testing.assert_close(code.grad, 2 * (code - z).detach() / code.numel())
-
-
-def test_feature_cosine_is_a_mean_over_tokens() -> None:
-    first = torch.tensor([[[1.0, 0], [0, 2]], [[1, 1], [3, 0]]])
-    features = torch.tensor([[[5.0, 0], [2, 0]], [[2, 2], [-1, 0]]])
-    torch.testing.assert_close(
-        distillation.feature_cosine(features, first), torch.tensor([0.5, 0.0])
-    )

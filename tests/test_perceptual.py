@@ -149,10 +149,28 @@ def test_values_that_are_not_finite_show_in_their_image_alone(loss: PerceptualLo
     assert loss(images_hat, images).isfinite().tolist() == [True, False, True]
 
 
-def test_images_without_any_texture_have_finite_gradients(loss: PerceptualLoss) -> None:
-    images_hat = torch.zeros(1, 3, 32, 32, requires_grad=True)
-    loss(images_hat, torch.ones(1, 3, 32, 32)).sum().backward()
-    assert images_hat.grad.isfinite().all()
+@pytest.mark.parametrize(("value_hat", "value"), [(0.0, 1.0), (0.0, 0.0), (0.5, 0.0), (9.0, 0.0)])
+def test_images_without_any_texture_have_finite_gradients(
+    loss: PerceptualLoss, value_hat: float, value: float
+) -> None:
+    images_hat = torch.full((1, 3, 32, 32), value_hat, requires_grad=True)
+    distance = loss(images_hat, torch.full((1, 3, 32, 32), value))
+    distance.sum().backward()
+    assert distance.isfinite().all() and images_hat.grad.isfinite().all()
+
+
+def test_where_no_channel_responds_the_gradient_is_finite(
+    lpips_weights: Path, tmp_path: Path
+) -> None:
+    """Features of length 0 have a root without derivative; the ReLU before it lets none through."""
+    silent = load_file(lpips_weights)
+    silent["net.slice5.28.bias"] = torch.full_like(silent["net.slice5.28.bias"], -1e6)
+    save_file(silent, tmp_path / "silent.safetensors")
+    loss = PerceptualLoss(tmp_path / "silent.safetensors")
+    images_hat, images = _random_pair()
+    assert not loss.graph.net(images)[4].any()
+    loss(images_hat.requires_grad_(), images).sum().backward()
+    assert images_hat.grad.isfinite().all() and images_hat.grad.any()
 
 
 def test_sixteen_pixels_are_enough_and_fifteen_are_not(loss: PerceptualLoss) -> None:

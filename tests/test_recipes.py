@@ -175,7 +175,7 @@ def test_the_recipes_of_the_paper(name: str) -> None:
     assert (params["betas"], params["weight_decay"]) == ([0.9, 0.999], 1e-4)
     assert run.deepspeed["scheduler"]["params"]["warmup_num_steps"] == 2000
     assert run.deepspeed["gradient_clipping"] == 1.0 and run.deepspeed["bf16"]["enabled"]
-    assert losses.perceptual.weight == 1.0
+    assert (losses.perceptual.weight, losses.convnext.weight) == (1.0, 0.1)
     if run.config.stage == 1:
         assert (rate, rate * end) == pytest.approx((4e-4, 1e-4))
         assert losses.adversarial is None
@@ -185,7 +185,10 @@ def test_the_recipes_of_the_paper(name: str) -> None:
     assert rate * multiplier.encoder == pytest.approx(1e-5)
     assert rate * multiplier.discriminator == pytest.approx(4e-5)
     assert (losses.adversarial.weight, losses.adversarial.adaptive) == (0.1, False)
-    assert losses.adversarial.first_discriminator_step == gan_start
+    gan = losses.adversarial
+    assert gan.first_discriminator_step == gan_start
+    assert (gan.discriminator, gan.channels, gan.num_layers) == ("blur_pool", 128, 3)
+    assert gan.lecam_weight == 0.001
     assert (losses.distillation.quantized.weight, losses.distillation.teacher.weight) == (0, 1)
 
 

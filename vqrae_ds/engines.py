@@ -28,7 +28,7 @@ from transformers.initialization import no_init_weights
 from vqrae_ds import first_weights
 from vqrae_ds.config import LearningRateMultiplierConfig, Run
 from vqrae_ds.first_weights import Source, freed_memory_returned, uninitialized_is_nan
-from vqrae_ds.models.discriminator import PatchDiscriminator
+from vqrae_ds.models.discriminator import build_discriminator as new_discriminator
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.vqrae import VQRAE
@@ -109,10 +109,11 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     # nothing is drawn, because all is set below.
     with no_init_weights(), uninitialized_is_nan(), _partitioned(run.deepspeed):
         vqrae = VQRAE(config=config.model, freeze_encoder=config.stage == 1, attention=attention)
-        teacher = None
-        if config.losses.distillation is not None and config.losses.distillation.teacher.weight > 0:
+        teacher, distillation = None, config.losses.distillation
+        if distillation is not None:
             teacher = build_encoder(config.model, attention)
-        model = TrainingModel(vqrae, teacher)
+        in_training = distillation is not None and distillation.teacher.weight > 0
+        model = TrainingModel(vqrae, teacher, teacher_in_training=in_training)
     for buffer in model.buffers():
         if buffer.is_floating_point():  # zero.Init built them in the parameters' dtype
             buffer.data = buffer.data.float()
@@ -148,7 +149,7 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
         steps = run.schedule.total_steps - gan.first_discriminator_step
         deepspeed_config["scheduler"]["params"]["total_num_steps"] = max(steps, 1)
     torch.manual_seed(run.config.run.seed + 1)
-    discriminator = PatchDiscriminator(gan.channels, gan.num_layers)
+    discriminator = new_discriminator(gan)
     if fill and run.config.init.model is not None:
         with failing_together():
             first_weights.load_discriminator(discriminator, run.config.init.model)

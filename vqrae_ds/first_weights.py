@@ -147,11 +147,15 @@ def load_discriminator(discriminator: nn.Module, folder: str) -> None:
     weights = load_file(path)
     for name, tensor in weights.items():
         _check_finite(tensor, name, path)
+    # LeCam may be on in one stage alone: its averages are taken over where both have them.
+    averages = {n: t for n, t in discriminator.state_dict().items() if n.startswith("averages.")}
+    weights = {n: t for n, t in weights.items() if n in averages or not n.startswith("averages.")}
+    weights = averages | weights
     try:
         discriminator.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"{path} does not fit losses.adversarial (channels, num_layers): {error}"
+            f"{path} does not fit losses.adversarial (discriminator, channels, num_layers): {error}"
         ) from error
 
 

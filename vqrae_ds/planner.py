@@ -18,7 +18,7 @@ from torch import nn
 
 from vqrae_ds.config import ModelConfig, Run
 from vqrae_ds.config.deepspeed_json import batch_arithmetic, get
-from vqrae_ds.models.discriminator import PatchDiscriminator
+from vqrae_ds.models.discriminator import build_discriminator
 from vqrae_ds.models.vqrae import VQRAE
 
 GB = 10**9
@@ -81,7 +81,7 @@ def plan(run: Run) -> Plan:
         parts.insert(1, teacher)
     if gan is not None and gan.weight > 0:
         with torch.device("meta"):
-            discriminator = PatchDiscriminator(gan.channels, gan.num_layers)
+            discriminator = build_discriminator(gan)
         what = f"{gan.num_layers} layers from {gan.channels} channels, under ZeRO-1"
         count = _count(dict(discriminator.named_parameters()))
         parts.append(Part("discriminator", count, "trained", "discriminator", what))

@@ -125,7 +125,6 @@ def micro_step(setup: Setup, images_B3HW: Tensor, step: int, *, measure: bool = 
     A loss that `setup.guard` finds unsound becomes NaN, so that all ranks skip the step. With
     `measure`, for the last micro batch of a step, the gradients are measured.
     """
-    from vqrae_ds.losses.objective import discriminator_loss
     from vqrae_ds.partitions import gradient_squares
 
     generator, objective = setup.generator, setup.objective
@@ -136,7 +135,8 @@ def micro_step(setup: Setup, images_B3HW: Tensor, step: int, *, measure: bool = 
     generator.step()
     if not objective.trains_discriminator(step):
         return MicroStep(loss.terms, squares)
-    verdict = discriminator_loss(setup.discriminator, images_B3HW, loss.images_hat_B3HW)
+    images_hat_B3HW = loss.images_hat_B3HW
+    verdict = objective.discriminator_loss(setup.discriminator, images_B3HW, images_hat_B3HW, step)
     soundness = soundness * setup.guard.judge(verdict.terms)
     setup.discriminator.backward(verdict.total * soundness)
     setup.discriminator.step()
@@ -182,6 +182,7 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
 def _save(run: Run, setup: Setup, state: TrainState) -> Path:
     from vqrae_ds import checkpoint
 
+    setup.objective.settle()
     return checkpoint.save(
         run,
         setup.generator,

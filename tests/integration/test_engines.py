@@ -66,7 +66,9 @@ def steps_of(rank: int, run: Run) -> list[float]:
     from vqrae_ds.train import micro_step
 
     generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
-    objective = Objective(run.config.losses, None, discriminator.module, engines.mean_over_ranks)
+    objective = Objective(
+        run.config.losses, None, None, discriminator.module, engines.mean_over_ranks
+    )
     losses = []
     for step in range(STEPS):
         terms = micro_step(generator, discriminator, objective, images_of(step, rank), step)

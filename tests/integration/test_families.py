@@ -80,7 +80,7 @@ def train_all(rank: int, folder: Path) -> None:
         runs = [make_setting(folder / name, name) if rank == 0 else None]
         torch.distributed.broadcast_object_list(runs, 0)
         engine = engines.build_generator(runs[0])
-        objective = Objective(runs[0].config.losses, None, None, engines.mean_over_ranks)
+        objective = Objective(runs[0].config.losses, None, None, None, engines.mean_over_ranks)
         losses = []
         for step in range(STEPS):
             terms = micro_step(engine, None, objective, images_of(name, step, rank), step)

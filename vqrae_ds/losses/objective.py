@@ -5,6 +5,9 @@ engine then runs one backward of a surrogate with the same gradient. So no loss 
 engine's output, each image loss is differentiated once, and the adaptive weight comes from
 gradients that are there anyway.
 
+A micro step reduces over the ranks once at most, four numbers: two for the adaptive weight, and the
+mean logits of the step before for LeCam.
+
 Shapes: B batch, H x W pixels, h x w grid of patches, P values a patch, N = h*w tokens, D width of
 the decoder.
 """
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from vqrae_ds.config import LossConfig
 from vqrae_ds.losses import adversarial, distillation
+from vqrae_ds.losses.lecam import LeCam
 from vqrae_ds.models.decoder import unpatchify
 from vqrae_ds.models.training_model import TrainingOutput
 
@@ -28,7 +32,7 @@ class GeneratorLoss(NamedTuple):
     """`surrogate` has the gradient of `total`, and another value.
 
     `terms` holds detached scalars by their stable names: `loss/total`, each term that took part
-    without its weight, and the adaptive weight.
+    without its weight, the adaptive weight, and `retention/..` where there are teacher features.
     """
 
     surrogate: Tensor
@@ -38,7 +42,10 @@ class GeneratorLoss(NamedTuple):
 
 
 class DiscriminatorLoss(NamedTuple):
-    """The hinge loss and what to watch: mean logits, and the share of patches judged right."""
+    """The weighted sum of hinge loss and LeCam, and what to watch.
+
+    `terms` holds both without a weight, the mean logits, and the share of patches judged right.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -47,19 +54,24 @@ class DiscriminatorLoss(NamedTuple):
 class Objective:
     """Composes the losses.
 
-    `perceptual(images_hat, images)` gives distances (B,). `discriminator` is the plain module,
-    never its engine. `mean_over_ranks` reduces a small tensor over the data-parallel ranks.
+    `perceptual(images_hat, images)` and `convnext(images_hat, images)` give distances (B,).
+    `discriminator` is the plain module of `build_discriminator`, never its engine.
+    `mean_over_ranks` reduces a small tensor over the data-parallel ranks.
     """
 
     def __init__(
         self,
         config: LossConfig,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+        convnext: Callable[[Tensor, Tensor], Tensor] | None,
         discriminator: nn.Module | None,
         mean_over_ranks: Callable[[Tensor], Tensor],
     ) -> None:
-        self.config, self.perceptual, self.discriminator = config, perceptual, discriminator
-        self.mean_over_ranks = mean_over_ranks
+        self.config, self.perceptual, self.convnext = config, perceptual, convnext
+        self.discriminator, self.mean_over_ranks = discriminator, mean_over_ranks
+        self._lecam = None
+        if discriminator is not None and discriminator.averages is not None:
+            self._lecam = LeCam(discriminator.averages)
 
     def generator(self, output: TrainingOutput, images_B3HW: Tensor, step: int) -> GeneratorLoss:
         """The generator's loss at `step`, counted from 0, on images in [0, 1]."""
@@ -72,7 +84,7 @@ class Objective:
         total = image_loss.detach()
         if is_on(config.adversarial, step):
             loss, adversarial_grad_BhwP = self._adversarial(
-                patches_BhwP, grad_BhwP, vqrae.hidden_BND.detach(), terms
+                patches_BhwP, grad_BhwP, vqrae.hidden_BND.detach(), step, terms
             )
             grad_BhwP, total = grad_BhwP + adversarial_grad_BhwP, total + loss
 
@@ -81,6 +93,41 @@ class Objective:
         terms["loss/total"] = total
         surrogate = (vqrae.patches_BhwP.float() * grad_BhwP).sum() + feature_loss
         return GeneratorLoss(surrogate, total, terms, images_hat_B3HW.detach())
+
+    def discriminator_loss(
+        self,
+        discriminate: Callable[[Tensor], Tensor],
+        images_B3HW: Tensor,
+        images_hat_B3HW: Tensor,
+        step: int,
+    ) -> DiscriminatorLoss:
+        """The discriminator's loss at `step`, after `generator`.
+
+        `discriminate` is its engine, called once with real and fake.
+        """
+        real, fake = discriminate(torch.cat([images_B3HW, images_hat_B3HW])).float().chunk(2)
+        total = hinge = adversarial.discriminator_loss(real, fake)
+        right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+        terms = {
+            "gan/discriminator": hinge.detach(),
+            "gan/logits_real": real.detach().mean(),
+            "gan/logits_fake": fake.detach().mean(),
+            "gan/accuracy": right,
+        }
+        if self._lecam is not None:
+            self._reduce(None, step)  # where no adaptive weight took the logits along
+            lecam = self._lecam.term(real, fake)
+            self._lecam.add(real, fake, step)
+            terms["gan/lecam"] = lecam.detach()
+            total = total + self.config.adversarial.lecam_weight * lecam
+        return DiscriminatorLoss(total, terms)
+
+    def settle(self) -> None:
+        """Take in what waits for the next step; every rank calls it before a checkpoint.
+
+        The steps that follow are the same bits with and without it.
+        """
+        self._reduce(None, None)
 
     def trains_discriminator(self, step: int) -> bool:
         """Whether the discriminator takes a step at `step`."""
@@ -92,14 +139,18 @@ class Objective:
     ) -> Tensor:
         loss = images_hat_B3HW.sum() * 0  # a loss with a gradient even where every term is off
         if is_on(self.config.reconstruction, step):
-            reconstruction = F.mse_loss(images_hat_B3HW, images_B3HW)
+            reconstruction = F.mse_loss(images_hat_B3HW, images_B3HW.float())
             terms["loss/reconstruction"] = reconstruction.detach()
             loss = loss + self.config.reconstruction.weight * reconstruction
-        perceptual = self.config.perceptual
-        if is_on(perceptual, step) and (step - perceptual.start_step) % perceptual.every_steps == 0:
-            distance = self.perceptual(images_hat_B3HW, images_B3HW).mean()
-            terms["loss/perceptual"] = distance.detach()
-            loss = loss + perceptual.weight * perceptual.every_steps * distance
+        networks = {
+            "perceptual": (self.config.perceptual, self.perceptual),
+            "convnext": (self.config.convnext, self.convnext),
+        }
+        for name, (term, measure) in networks.items():
+            if is_on(term, step) and (step - term.start_step) % term.every_steps == 0:
+                distance = measure(images_hat_B3HW, images_B3HW).mean()
+                terms[f"loss/{name}"] = distance.detach()
+                loss = loss + term.weight * term.every_steps * distance
         return loss
 
     def _adversarial(
@@ -107,6 +158,7 @@ class Objective:
         patches_BhwP: Tensor,
         image_grad_BhwP: Tensor,
         hidden_BND: Tensor,
+        step: int,
         terms: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """The weighted term (detached) and its weighted gradient at the patches."""
@@ -118,15 +170,30 @@ class Objective:
         terms["loss/adversarial"] = loss.detach()
         weight = self.config.adversarial.weight
         if self.config.adversarial.adaptive:
-            adaptive = adversarial.adaptive_weight(
-                image_grad_BhwP.flatten(1, 2),
-                grad_BhwP.flatten(1, 2),
-                hidden_BND,
-                self.mean_over_ranks,
+            squares_2 = adversarial.head_gradient_squares(
+                image_grad_BhwP.flatten(1, 2), grad_BhwP.flatten(1, 2), hidden_BND
             )
+            adaptive = adversarial.adaptive_weight(self._reduce(squares_2, step))
             terms["gan/adaptive_weight"] = adaptive
             weight = weight * adaptive
         return weight * loss.detach(), weight * grad_BhwP
+
+    def _reduce(self, squares_2: Tensor | None, step: int | None) -> Tensor | None:
+        """The mean of `squares_2` over the ranks; the logits that wait from before `step` go along.
+
+        Without either nothing is reduced. The size is always the same: which of the two are there
+        must not change the order in which a backend adds up the ranks.
+        """
+        means_2 = None if self._lecam is None else self._lecam.waiting(step)
+        given = [part for part in (squares_2, means_2) if part is not None]
+        if not given:
+            return None
+        nothing_2 = torch.zeros_like(given[0])
+        parts = [nothing_2 if part is None else part for part in (squares_2, means_2)]
+        reduced_4 = self.mean_over_ranks(torch.cat(parts))
+        if means_2 is not None:
+            self._lecam.take_in(reduced_4[2:])
+        return reduced_4[:2]
 
     def _feature_loss(self, output: TrainingOutput, step: int, terms: dict[str, Tensor]) -> Tensor:
         config, vqrae = self.config, output.vqrae
@@ -134,33 +201,21 @@ class Objective:
         if is_on(config.quantizer, step):
             terms["loss/quantizer"] = vqrae.vq_loss.detach()
             loss = loss + config.quantizer.weight * vqrae.vq_loss
+        features_BND, teacher_BND = vqrae.features_BND, output.teacher_features_BND
+        if teacher_BND is not None:
+            terms |= distillation.retention(features_BND, teacher_BND)
         if config.distillation is None:
             return loss
-        if is_on(config.distillation.quantized, step):
-            term = distillation.quantized_loss(vqrae.code_BNE, vqrae.z_BNE)
+        quantized, teacher = config.distillation.quantized, config.distillation.teacher
+        if is_on(quantized, step):
+            term = distillation.quantized_loss(vqrae.code_BNE, vqrae.z_BNE, quantized.distance)
             terms["loss/distillation_quantized"] = term.detach()
-            loss = loss + config.distillation.quantized.weight * term
-        if is_on(config.distillation.teacher, step):
-            term = distillation.teacher_loss(vqrae.features_BND, output.teacher_features_BND)
+            loss = loss + quantized.weight * term
+        if is_on(teacher, step):
+            term = distillation.teacher_loss(features_BND, teacher_BND, teacher.distance)
             terms["loss/distillation_teacher"] = term.detach()
-            loss = loss + config.distillation.teacher.weight * term
+            loss = loss + teacher.weight * term
         return loss
-
-
-def discriminator_loss(
-    discriminate: Callable[[Tensor], Tensor], images_B3HW: Tensor, images_hat_B3HW: Tensor
-) -> DiscriminatorLoss:
-    """The discriminator's loss; `discriminate` is its engine, called once with real and fake."""
-    real, fake = discriminate(torch.cat([images_B3HW, images_hat_B3HW])).chunk(2)
-    total = adversarial.discriminator_loss(real, fake)
-    right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-    terms = {
-        "gan/discriminator": total.detach(),
-        "gan/logits_real": real.detach().mean(),
-        "gan/logits_fake": fake.detach().mean(),
-        "gan/accuracy": right,
-    }
-    return DiscriminatorLoss(total, terms)
 
 
 def is_on(term: Any, step: int) -> bool:

@@ -52,7 +52,7 @@ class PerceptualLoss(nn.Module):
         distance that is not finite; looking for them here would make every step wait for the GPU.
         Raises `ValueError` for other shapes and for sides below 16 px.
         """
-        _check_shapes(images_hat_B3HW, images_B3HW)
+        check_shapes(images_hat_B3HW, images_B3HW, MIN_SIDE)
         # Frozen weights and a detached target: the target's pass records nothing for backward.
         images_hat, images = images_hat_B3HW.float(), images_B3HW.detach().float()
         with torch.autocast(images_hat.device.type, enabled=False):
@@ -72,14 +72,15 @@ def find_weights(weights: Path | None) -> Path:
     return path
 
 
-def _check_shapes(images_hat: Tensor, images: Tensor) -> None:
+def check_shapes(images_hat: Tensor, images: Tensor, min_side: int) -> None:
+    """Raise `ValueError` unless both are (B, 3, H, W) with sides of `min_side` px or more."""
     if images_hat.shape != images.shape or images.ndim != 4 or images.shape[1] != 3:
         shapes = f"{tuple(images_hat.shape)} and {tuple(images.shape)}"
         raise ValueError(f"the perceptual loss needs two batches (B, 3, H, W), got {shapes}")
     height, width = images.shape[2:]
-    if min(height, width) < MIN_SIDE:
+    if min(height, width) < min_side:
         size = f"{height} x {width} px"
-        raise ValueError(f"the perceptual loss needs sides of {MIN_SIDE} px or more, got {size}")
+        raise ValueError(f"the perceptual loss needs sides of {min_side} px or more, got {size}")
 
 
 def _build_graph() -> nn.Module:
