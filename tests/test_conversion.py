@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from tests.zero_files import BUFFERS, FROZEN, TRAINED, Tensors, seal, write_step
 from vqrae_ds.conversion import consolidate as consolidate_module
 from vqrae_ds.conversion import safetensors_stream
-from vqrae_ds.conversion.consolidate import consolidate, find_step_folder, verify
+from vqrae_ds.conversion.consolidate import consolidate, verify
+from vqrae_ds.manifest import find_step_folder
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -257,6 +258,7 @@ MEASURE = """
 import sys, torch
 from tests.memory import sampled_memory
 from vqrae_ds.conversion.consolidate import consolidate, verify
+from vqrae_ds.manifest import find_step_folder
 
 peaks = {}
 with sampled_memory(peaks):

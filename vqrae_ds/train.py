@@ -101,13 +101,15 @@ def prepare(run: Run) -> Setup:
         weights = config.losses.perceptual.weights
         perceptual = PerceptualLoss(weights and Path(weights)).to(ranks.device)
 
-    # Where to start: 1. a checkpoint of the run, 2. init.model, 3. init.encoder_weights, 4. random.
+    # Where to start: a checkpoint of the run, else what the section init says.
     folder = checkpoint.find(run)
+    if folder is None:
+        run = checkpoint.resolve_start(run)
     generator = engines.build_generator(run, fill=folder is None)
     discriminator = engines.build_discriminator(run, fill=folder is None)
     state = checkpoint.TrainState()
     if folder is not None:
-        state = checkpoint.resume(folder, generator, discriminator)
+        state = checkpoint.resume(folder, generator, discriminator).state
         first_weights.check_filled(generator.module)
     elif _needs_calibration(run):
         images = _training_batches(run, ranks, index, start=0)
@@ -188,7 +190,7 @@ def is_due(step: int, every: int, total: int) -> bool:
 def _needs_calibration(run: Run) -> bool:
     """Weights that were trained before bring the statistics of their features with them."""
     config = run.config
-    is_first = config.stage == 1 and config.init.model is None
+    is_first = config.stage == 1 and not (config.init.model or config.init.from_run)
     return is_first and config.model.standardization == "calibrated"
 
 
