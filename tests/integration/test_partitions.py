@@ -1,4 +1,4 @@
-"""Shares of gradients and the moving average over them, on two ranks, for every ZeRO layout.
+"""Shares of gradients and the moving average of the weights on real ranks, in every ZeRO layout.
 
 The references are DeepSpeed's own gathered gradients and masters, and the textbook average.
 """
@@ -22,7 +22,7 @@ from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 
 pytestmark = pytest.mark.slow
 
-STEPS, ACCUMULATION, DECAY = 6, 2, 0.9
+STEPS, ACCUMULATION, DECAY = 5, 2, 0.9
 BF16 = {"bf16": {"enabled": True}}
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 ON_HOST = {"offload_optimizer": {"device": "cpu"}}
@@ -34,6 +34,7 @@ class Layout(NamedTuple):
     stage: int
     precision: dict[str, Any]
     more: dict[str, Any]
+    ranks: int = 2  # 3 divide few of the sizes: the shares of the last one are padded
 
 
 LAYOUTS = {
@@ -48,6 +49,9 @@ LAYOUTS = {
     "zero3-bf16-sums": Layout(3, BF16 | FP32_SUMS, {"sub_group_size": 5000}),
     "zero2-host": Layout(2, BF16, ON_HOST),
     "zero3-host": Layout(3, BF16, ON_HOST),
+    "zero2-fp32-uneven": Layout(2, {}, {}, ranks=3),
+    "zero1-bf16-sums-uneven": Layout(1, BF16 | FP32_SUMS, {}, ranks=3),
+    "zero3-bf16-uneven": Layout(3, BF16, {}, ranks=3),
 }
 PARTS = {"vqrae.encoder.": "encoder", "vqrae.decoder.": "decoder"}  # the rest is the quantizer's
 
@@ -58,12 +62,17 @@ def make_layout(folder: Path, rank: int, name: str) -> Run:
     mine = folder / f"rank{rank}"
     deepspeed = {
         **layout.precision,
-        "train_batch_size": 4 * ACCUMULATION,
+        "train_batch_size": 2 * layout.ranks * ACCUMULATION,
         "gradient_clipping": 1e-3,
         "optimizer": {"type": "SGD", "params": {"lr": 30.0}},
     }
     run = make_run(
-        mine, 2, deepspeed=deepspeed, run={"output_dir": str(folder / name)}, ema={"decay": DECAY}
+        mine,
+        2,
+        deepspeed=deepspeed,
+        world_size=layout.ranks,
+        run={"output_dir": str(folder / name)},
+        ema={"decay": DECAY},
     )
     zero = {"stage": layout.stage, **layout.more}
     if layout.stage == 3:
@@ -155,7 +164,7 @@ def train_layout(rank: int, folder: Path, name: str) -> None:
     if rank == 0:
         torch.save(held, folder / f"{name}.pt")
 
-    saved = checkpoint.save(run, engine, None, TrainState(STEPS, 8 * STEPS), ema=ema)
+    saved = checkpoint.save(run, engine, None, TrainState(STEPS), ema=ema)
     again = engines.build_generator(run, fill=False)
     resumed_ema = WeightAverage(again, DECAY)
     assert checkpoint.find(run) == saved
@@ -169,18 +178,20 @@ def train_layout(rank: int, folder: Path, name: str) -> None:
         assert torch.equal(mine, other)
 
 
-def train_layouts(rank: int, folder: Path) -> None:
-    for name in LAYOUTS:
+def train_layouts(rank: int, folder: Path, names: list[str]) -> None:
+    for name in names:
         train_layout(rank, folder, name)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("partitions")
-    for rank in range(2):
+    for rank in range(3):
         (folder / f"rank{rank}").mkdir()
         save_initial(folder / f"rank{rank}" / "initial")
-    run_ranks(2, train_layouts, folder, timeout_seconds=400)
+    for ranks in (2, 3):
+        names = [name for name, layout in LAYOUTS.items() if layout.ranks == ranks]
+        run_ranks(ranks, train_layouts, folder, names, timeout_seconds=400)
     return folder
 
 
