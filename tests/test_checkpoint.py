@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from tests.tiny import make_run, save_initial
-from vqrae_ds import checkpoint
+from tests.zero_files import seal
+from vqrae_ds import checkpoint, manifest
 from vqrae_ds.checkpoint import TrainState
 from vqrae_ds.config import Run
 
@@ -55,7 +57,7 @@ def test_resume_restores_both_engines_the_state_and_the_generator_of_random_numb
     expected = torch.rand(3)
     generator, discriminator = FileEngine(), FileEngine()
     assert checkpoint.find(run) == folder
-    state = checkpoint.resume(folder, generator, discriminator)
+    state = checkpoint.resume(folder, generator, discriminator).state
     assert (state, generator.value, discriminator.value) == (TrainState(7, 28), 7, -7)
     assert torch.equal(torch.rand(3), expected)
 
@@ -93,16 +95,105 @@ def test_damaged_later_ones_never_displace_the_one_just_written(run):
     assert checkpoint.find(run) == again[-1]
 
 
-def with_model(run: Run, **changes) -> Run:
-    model = run.config.model.model_copy(update=changes)
-    return run._replace(config=run.config.model_copy(update={"model": model}))
+def with_changes(run: Run, section: str, **changes) -> Run:
+    changed = getattr(run.config, section).model_copy(update=changes)
+    return run._replace(config=run.config.model_copy(update={section: changed}))
 
 
-def test_a_run_goes_on_with_the_model_that_it_began_with(run):
+def test_a_run_goes_on_with_the_configuration_that_it_began_with(run):
     folder = save_at(run, 1)
-    assert checkpoint.find(with_model(run, legacy=False)) == folder, "of the loss, not the model"
+    assert checkpoint.find(with_changes(run, "checkpoint", every_steps=7)) == folder
+    with pytest.raises(ValueError, match="patch_size = 16 differs from 8 in .*run.json"):
+        checkpoint.find(with_changes(run, "model", output_patch_size=16))
+    with pytest.raises(ValueError, match="total_steps = 7 differs from 1000 in .*run.json"):
+        checkpoint.find(with_changes(run, "run", total_steps=7))
+    clipped = run._replace(deepspeed={**run.deepspeed, "gradient_clipping": 0.5})
+    with pytest.raises(ValueError, match="gradient_clipping = 0.5 differs from 1.0 in .*run.json"):
+        checkpoint.find(clipped)
+
+
+def test_a_checkpoint_without_its_configuration_is_held_to_the_model(run):
+    folder = save_at(run, 1)
+    (folder / "run.json").unlink()
+    seal(folder, step=1, world_size=1)
+    assert checkpoint.find(with_changes(run, "model", legacy=False)) == folder
     with pytest.raises(ValueError, match="patch_size = 16 differs from 8 in .*model_config.json"):
-        checkpoint.find(with_model(run, output_patch_size=16))
+        checkpoint.find(with_changes(run, "model", output_patch_size=16))
+
+
+def test_floats_of_the_training_loop_come_back_to_the_last_bit(run):
+    extra = {"guard": {"a": 0.1 + 0.2, "b": 1 / 3, "c": 5e-324, "d": math.inf}, "skipped": 3}
+    folder = checkpoint.save(run, FileEngine(), None, TrainState(1, 4), extra=extra)
+    assert checkpoint.resume(folder, FileEngine(), None).extra == extra
+    assert checkpoint.resume(save_at(run, 2), FileEngine(), FileEngine()).extra == {}
+
+
+def test_weights_that_no_engine_holds_are_kept(run):
+    resident = {
+        "vqrae.encoder.model.weight": torch.randn(3, 5).T,  # not contiguous
+        "vqrae.encoder.model.scale": torch.randn(()).bfloat16(),
+        "vqrae.encoder.model.many": torch.arange(3 << 20),  # more than one piece
+    }
+    folder = checkpoint.save(run, FileEngine(), None, TrainState(1, 4), resident=resident)
+    assert "generator/resident.safetensors" in manifest.read_manifest(folder).files
+    found = checkpoint.resume(folder, FileEngine(), None).resident
+    assert found.keys() == resident.keys()
+    for name, tensor in resident.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    assert checkpoint.resume(save_at(run, 2), FileEngine(), FileEngine()).resident == {}
+
+
+class OneFlat:
+    """A moving average over one flat vector."""
+
+    def __init__(self, value: float) -> None:
+        self.flat = torch.full((4,), value)
+
+    def state_dict(self) -> dict[str, list[torch.Tensor]]:
+        return {"averages": [self.flat]}
+
+    def load_state_dict(self, state: dict[str, list[torch.Tensor]]) -> None:
+        self.flat = state["averages"][0].clone()
+
+
+def test_the_moving_average_goes_on_and_is_not_made_up(run):
+    folder = checkpoint.save(run, FileEngine(), None, TrainState(1, 4), ema=OneFlat(0.1))
+    ema = OneFlat(0.0)
+    checkpoint.resume(folder, FileEngine(), None, ema)
+    assert torch.equal(ema.flat, torch.full((4,), 0.1))
+    with pytest.raises(ValueError, match="holds no ema_rank_00000.pt: ema was off"):
+        checkpoint.resume(save_at(run, 2), FileEngine(), FileEngine(), ema)
+
+
+def starting_from(run: Run, folder: Path) -> Run:
+    init = {"from_run": str(folder), "model": None}
+    return with_changes(with_changes(run, "run", output_dir="elsewhere"), "init", **init)
+
+
+def test_another_run_is_started_from_at_its_newest_intact_step(run, caplog):
+    older, newer = save_at(run, 1), save_at(run, 2)
+    home = older.parent.parent
+
+    def start(folder: Path) -> str:
+        return checkpoint.resolve_start(starting_from(run, folder)).config.init.from_run
+
+    assert start(home) == start(home / "checkpoints") == start(newer) == str(newer)
+    assert start(older) == str(older)
+    state = newer / "generator" / "state"
+    state.write_text("9" if state.read_text() != "9" else "8")
+    assert start(home) == str(older)
+    assert "generator/state does not match its checksum" in caplog.text
+    with pytest.raises(ValueError, match="no intact checkpoint: generator/state does not match"):
+        start(newer)
+    shutil.rmtree(older)
+    with pytest.raises(ValueError, match=f"{home} holds no intact checkpoint: generator/state"):
+        start(home)
+    (newer / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="has no manifest.json"):
+        start(newer)
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        start(home)
+    assert checkpoint.resolve_start(run) == run, "it names no other run"
 
 
 def test_checkpoints_of_another_run_are_refused(run):

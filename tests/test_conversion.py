@@ -15,10 +15,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.zero_files import BUFFERS, FROZEN, TRAINED, Tensors, seal, write_step
+from tests.zero_files import (
+    BUFFERS,
+    FROZEN,
+    TRAINED,
+    assert_identical,
+    expected,
+    seal,
+    write_step,
+)
 from vqrae_ds.conversion import consolidate as consolidate_module
 from vqrae_ds.conversion import safetensors_stream
-from vqrae_ds.conversion.consolidate import consolidate, find_step_folder, verify
+from vqrae_ds.conversion.consolidate import consolidate, verify
+from vqrae_ds.manifest import find_step_folder
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -26,21 +35,6 @@ REPOSITORY = Path(__file__).parent.parent
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     return write_step(tmp_path / "step_00001000", TRAINED, FROZEN, BUFFERS)
-
-
-def expected(cast: torch.dtype | None) -> Tensors:
-    """What a conversion must hold: parameters cast, buffers in fp32 or integers, no teacher."""
-    parameters = {n: t.to(cast or t.dtype) for n, t in (TRAINED | FROZEN).items()}
-    buffers = {n: t.float() if t.is_floating_point() else t for n, t in BUFFERS.items()}
-    tensors = parameters | buffers
-    return {n.removeprefix("vqrae."): t for n, t in tensors.items() if n.startswith("vqrae.")}
-
-
-def assert_identical(found: Tensors, wanted: Tensors) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 def assert_nothing_written(folder: Path) -> None:
@@ -221,13 +215,16 @@ def test_the_command_line(checkpoint, tmp_path):
         for args in (
             (str(tmp_path), out, "--to", "inference", "--dtype", "bf16", "--verify"),
             (str(tmp_path), out + "2", "--to", "stage2", "--dtype", "bf16"),
+            (str(tmp_path), out + "3", "--to", "stage2", "--ema"),
             ("--help",),
         )
     ]
-    (done, _), (_, error), (usage, _) = (process.communicate() for process in processes)
-    assert [process.returncode for process in processes] == [0, 2, 0]
+    answers = [process.communicate() for process in processes]
+    (done, _), (_, error), (_, no_ema), (usage, _) = answers
+    assert [process.returncode for process in processes] == [0, 2, 2, 0]
     assert "verified" in done
     assert error.startswith("error: stage2 keeps") and error.count("\n") == 1
+    assert "holds no moving average" in no_ema and no_ema.count("\n") == 1
     assert "example" in usage
     assert_identical(load_file(Path(out) / "model.safetensors"), expected(torch.bfloat16))
 
@@ -257,6 +254,7 @@ MEASURE = """
 import sys, torch
 from tests.memory import sampled_memory
 from vqrae_ds.conversion.consolidate import consolidate, verify
+from vqrae_ds.manifest import find_step_folder
 
 peaks = {}
 with sampled_memory(peaks):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.zero_files import BUFFERS, FROZEN, TRAINED, seal, write_step
+from tests.zero_files import BUFFERS, FROZEN, TRAINED, seal, write_averages, write_step
 from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 
@@ -26,6 +27,85 @@ def test_reads_every_tensor_without_padding_into_its_own_memory(checkpoint):
             assert reader.tensors[name] == (tensor.shape, tensor.dtype, kind)
             reader.read(name).zero_()  # would reach a mapped file that is shared
             assert torch.equal(reader.read(name), tensor)
+
+
+def test_reads_ranges_of_elements_across_the_ranks(checkpoint):
+    reader = ZeroCheckpoint(checkpoint / "generator")
+    for name, tensor in (TRAINED | FROZEN | BUFFERS).items():
+        flat = tensor.reshape(-1)
+        for start in range(tensor.numel() + 2):
+            for numel in (0, 1, 6, 40):
+                assert torch.equal(reader.read_range(name, start, numel), flat[start:][:numel])
+
+
+def test_averages_take_the_place_of_the_masters_alone(checkpoint):
+    averages = {name: torch.randn_like(tensor) for name, tensor in TRAINED.items()}
+    write_averages(checkpoint, averages)
+    reader = ZeroCheckpoint(checkpoint / "generator", averages=True)
+    for name, tensor in (averages | FROZEN | BUFFERS).items():
+        assert torch.equal(reader.read(name), tensor), name
+    masters = ZeroCheckpoint(checkpoint / "generator")
+    assert masters.tensors == reader.tensors
+    assert torch.equal(masters.read("vqrae.decoder.bias"), TRAINED["vqrae.decoder.bias"])
+
+
+def break_averages(checkpoint: Path, how: str) -> None:
+    path = checkpoint / "ema_rank_00001.pt"
+    state = torch.load(path)
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "shorter":
+        state["averages"][0] = state["averages"][0][:-1].clone()
+    elif how == "fewer":
+        state["averages"].pop()
+    elif how == "half":
+        state["averages"][0] = state["averages"][0].half()
+    elif how == "no tensor":
+        state["averages"][0] = 3
+    elif how == "other key":
+        state = {"flats": state["averages"]}
+    elif how == "code":
+        state["extra"] = Payload(os.mkdir, "trap")
+    if how not in ("missing", "cut"):
+        torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    "how", ["missing", "cut", "shorter", "fewer", "half", "no tensor", "other key", "code"]
+)
+def test_averages_that_do_not_fit_are_named(checkpoint, how):
+    write_averages(checkpoint, TRAINED)
+    break_averages(checkpoint, how)
+    with pytest.raises(ValueError, match="ema_rank_00001.pt") as caught:
+        ZeroCheckpoint(checkpoint / "generator", averages=True)
+    assert "\n" not in str(caught.value)
+    assert not Path("trap").exists()
+    ZeroCheckpoint(checkpoint / "generator")  # which needs none of them
+
+
+def test_averages_of_a_rank_too_many_are_named(checkpoint):
+    write_averages(checkpoint, TRAINED, world_size=4)
+    with pytest.raises(ValueError, match="ema_rank_00003.pt does not belong"):
+        ZeroCheckpoint(checkpoint / "generator", averages=True)
+
+
+def test_resident_weights_are_frozen_ones(checkpoint):
+    path = checkpoint / "generator" / "resident.safetensors"
+    resident = {"teacher.head": torch.randn(3, 4).bfloat16(), "teacher.bias": torch.randn(5)}
+    save_file(resident, path)
+    reader = ZeroCheckpoint(checkpoint / "generator")
+    assert reader.tensors.keys() == (TRAINED | FROZEN | BUFFERS | resident).keys()
+    for name, tensor in resident.items():
+        assert reader.tensors[name] == (tensor.shape, tensor.dtype, "frozen")
+        assert torch.equal(reader.read(name), tensor)
+    save_file({"teacher.weight": torch.ones(4, 4)}, path)
+    with pytest.raises(ValueError, match=r"resident.safetensors holds teacher.weight, and so do"):
+        ZeroCheckpoint(checkpoint / "generator")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="resident.safetensors cannot be read"):
+        ZeroCheckpoint(checkpoint / "generator")
 
 
 def edit(path: Path, key: str, value: object) -> None:

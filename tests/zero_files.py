@@ -81,6 +81,28 @@ def write_zero3(
         torch.save({"optimizer_state_dict": state}, folder / f"{name}_optim_states.pt")
 
 
+def write_averages(folder: Path, trained: Tensors, *, world_size: int = 3) -> None:
+    """The moving averages of `trained`, a file a rank, beside what `write_step` wrote."""
+    for rank in range(world_size):
+        flats = [_share(t, rank, world_size, poison=3e9) for t in trained.values()]
+        torch.save({"averages": flats}, folder / f"ema_rank_{rank:05d}.pt")
+
+
+def expected(cast: torch.dtype | None) -> Tensors:
+    """What a conversion of all three holds: parameters cast, buffers in fp32 or integers."""
+    parameters = {n: t.to(cast or t.dtype) for n, t in (TRAINED | FROZEN).items()}
+    buffers = {n: t.float() if t.is_floating_point() else t for n, t in BUFFERS.items()}
+    tensors = parameters | buffers
+    return {n.removeprefix("vqrae."): t for n, t in tensors.items() if n.startswith("vqrae.")}
+
+
+def assert_identical(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
 def _share(tensor: torch.Tensor, rank: int, world_size: int, *, poison: float) -> torch.Tensor:
     """The rank's share; padded with a number that must not be seen again."""
     share = -(-tensor.numel() // world_size)

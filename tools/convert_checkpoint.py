@@ -2,7 +2,7 @@
 
 example:
   python tools/convert_checkpoint.py runs/stage1 runs/stage1/for_stage2 --to stage2 --verify
-  python tools/convert_checkpoint.py runs/stage2 runs/model --to inference --dtype bf16
+  python tools/convert_checkpoint.py runs/stage2 runs/model --to inference --dtype bf16 --ema
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from vqrae_ds.command_line import OneLineParser, run_tool
-from vqrae_ds.conversion.consolidate import consolidate, find_step_folder, verify
+from vqrae_ds.conversion.consolidate import consolidate, verify
+from vqrae_ds.manifest import find_step_folder
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -40,15 +41,28 @@ def main() -> None:
         "--dtype", choices=_DTYPES, default="fp32", help="of the parameters, for inference"
     )
     parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="the moving averages of the trained weights instead of the weights",
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="read OUT back and compare every element"
     )
     args = parser.parse_args()
 
     checkpoint = find_step_folder(args.checkpoint)
-    consolidate(checkpoint, args.output, to=args.to, dtype=_DTYPES[args.dtype], progress=True)
+    consolidate(
+        checkpoint,
+        args.output,
+        to=args.to,
+        dtype=_DTYPES[args.dtype],
+        ema=args.ema,
+        progress=True,
+    )
     if args.verify:
         verify(checkpoint, args.output, progress=True)
-    print(f"{args.output}: {checkpoint} for {args.to}{', verified' if args.verify else ''}")
+    notes = f"{', moving averages' if args.ema else ''}{', verified' if args.verify else ''}"
+    print(f"{args.output}: {checkpoint} for {args.to}{notes}")
 
 
 if __name__ == "__main__":

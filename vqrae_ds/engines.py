@@ -150,9 +150,11 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
         deepspeed_config["scheduler"]["params"]["total_num_steps"] = max(steps, 1)
     torch.manual_seed(run.config.run.seed + 1)
     discriminator = new_discriminator(gan)
-    if fill and run.config.init.model is not None:
+    if fill:
         with failing_together():
-            first_weights.load_discriminator(discriminator, run.config.init.model)
+            first_weights.load_discriminator(discriminator, run.config.init)
+        with failing_together():
+            first_weights.load_discriminator(discriminator, run.config.init)
     engine, *_ = deepspeed.initialize(
         model=discriminator,
         model_parameters=list(discriminator.parameters()),
@@ -197,12 +199,13 @@ def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:
     """
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad and name in sources:
-            value = sources[name].folder.read(sources[name].name)
+            source = sources[name]
             if not hasattr(parameter, "ds_tensor"):
+                value = source.folder.read(source.name)
                 safe_set_full_fp32_param(parameter, value.float().to(engine.device))
                 continue
             size = parameter.ds_tensor.ds_numel
-            share = value.flatten()[parameter.ds_zero_partition_rank * size :][:size].float()
+            share = source.read_range(parameter.ds_zero_partition_rank * size, size).float()
             padded = F.pad(share, (0, size - len(share)))  # the last ranks' shares are
             safe_set_local_fp32_param(parameter, padded.to(engine.device))
 

@@ -19,8 +19,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqrae_ds.config import TrainConfig
+from vqrae_ds.config.schema import InitConfig
+from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
+from vqrae_ds.manifest import MANIFEST_NAME
 from vqrae_ds.models.training_model import TrainingModel
-from vqrae_ds.models.weights import WeightFolder, check_names, check_shape, is_finite
+from vqrae_ds.models.weights import (
+    StoredWeights,
+    WeightFolder,
+    check_names,
+    check_shape,
+    is_finite,
+)
 from vqrae_ds.ranks import gather
 
 logger = logging.getLogger(__name__)
@@ -29,7 +38,7 @@ logger = logging.getLogger(__name__)
 class Source(NamedTuple):
     """Where the first value of a tensor comes from."""
 
-    folder: WeightFolder
+    folder: StoredWeights
     name: str
 
     def read(self) -> Tensor:
@@ -38,14 +47,24 @@ class Source(NamedTuple):
         _check_finite(tensor, self.name, self.folder.file_of(self.name))
         return tensor
 
+    def read_range(self, start: int, numel: int) -> Tensor:
+        """Up to `numel` elements of the flat tensor from `start` on, and no others of the file."""
+        return self.folder.read_range(self.name, start, numel)
+
 
 def find_sources(model: TrainingModel, config: TrainConfig) -> dict[str, Source]:
-    """By name of the model. Precedence: 1. consolidated folder, 2. pretrained encoder, 3. nothing.
+    """By name of the model. Precedence: 1. checkpoint of another run, 2. consolidated folder,
+    3. pretrained encoder, 4. nothing.
 
     Raises `ValueError` where names or shapes of the files do not fit the model; no value is read.
     """
     expected = set(model.state_dict())
-    if config.init.model is not None:
+    if config.init.from_run is not None:
+        folder = ZeroCheckpoint(_step(config.init.from_run) / "generator")
+        sources = {n: Source(folder, n) for n in folder.names() if n.startswith("vqrae.")}
+        if model.teacher is not None:
+            sources |= _teacher_of_run(folder)
+    elif config.init.model is not None:
         folder = WeightFolder(config.init.model)
         sources = {f"vqrae.{name}": Source(folder, name) for name in folder.names()}
         if folder.read("decoder.head.weight").dtype != torch.float32:
@@ -135,12 +154,31 @@ def freed_memory_returned() -> Iterator[None]:
             mallopt(trim_threshold, 64 << 20)
 
 
-def load_discriminator(discriminator: nn.Module, folder: str) -> None:
-    """A discriminator that stage 1 trained goes on in stage 2; without one it starts anew.
+def load_discriminator(discriminator: nn.Module, init: InitConfig) -> None:
+    """A discriminator that was trained before goes on; where there is none it starts anew.
 
-    Raises `ValueError` for a file that does not fit, or that holds NaN or infinity.
+    That of another run (`init.from_run`) starts anew as well where its architecture is another.
+    Raises `ValueError` for a file of `init.model` that does not fit, and for NaN or infinity.
     """
-    path = Path(folder) / "discriminator.safetensors"
+    if init.from_run is not None:
+        _load_discriminator_of_run(discriminator, _step(init.from_run) / "discriminator")
+    elif init.model is not None:
+        _load_discriminator_file(discriminator, Path(init.model) / "discriminator.safetensors")
+
+
+def _load_discriminator_of_run(discriminator: nn.Module, folder: Path) -> None:
+    if not folder.is_dir():
+        logger.info("%s does not exist: the discriminator starts untrained", folder)
+        return
+    checkpoint = ZeroCheckpoint(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in discriminator.state_dict().items()}
+    if {name: checkpoint.shape(name) for name in checkpoint.names()} != shapes:
+        logger.warning("%s is of another architecture: the discriminator starts untrained", folder)
+        return
+    discriminator.load_state_dict({name: Source(checkpoint, name).read() for name in shapes})
+
+
+def _load_discriminator_file(discriminator: nn.Module, path: Path) -> None:
     if not path.is_file():
         logger.info("%s does not exist: the discriminator starts untrained", path)
         return
@@ -157,6 +195,24 @@ def load_discriminator(discriminator: nn.Module, folder: str) -> None:
         raise ValueError(
             f"{path} does not fit losses.adversarial (discriminator, channels, num_layers): {error}"
         ) from error
+
+
+def _teacher_of_run(checkpoint: ZeroCheckpoint) -> dict[str, Source]:
+    """A stage-2 checkpoint holds the teacher; before that stage the encoder is the teacher."""
+    names = sorted(checkpoint.names())
+    teacher = {n: Source(checkpoint, n) for n in names if n.startswith("teacher.")}
+    encoder = "vqrae.encoder."
+    return teacher or {
+        f"teacher.{n.removeprefix(encoder)}": Source(checkpoint, n)
+        for n in names
+        if n.startswith(encoder)
+    }
+
+
+def _step(from_run: str) -> Path:
+    folder = Path(from_run)
+    assert (folder / MANIFEST_NAME).is_file(), "checkpoint.resolve_start names the step folder"
+    return folder
 
 
 def _shares(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

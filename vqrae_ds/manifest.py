@@ -98,9 +98,27 @@ def complete_steps(checkpoints: Path) -> list[Path]:
     return complete
 
 
-def is_step_folder(path: Path) -> bool:
-    """Whether `path` is named like the checkpoint of one step."""
-    return _STEP_FOLDER.fullmatch(path.name) is not None
+def find_step_folder(path: Path) -> Path:
+    """The first of `find_step_folders`: `path` itself, or the newest complete one of a run."""
+    return find_step_folders(path)[0]
+
+
+def find_step_folders(path: Path) -> list[Path]:
+    """The step folders meant by `path`: itself, or the complete ones of a run, newest first.
+
+    `path` may be a step folder, a run's `checkpoints` folder or the run folder. Raises `ValueError`
+    when it is none of these, or holds no complete checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder")
+    if _STEP_FOLDER.fullmatch(path.name) or (path / MANIFEST_NAME).is_file():
+        return [path]
+    inside = path / "checkpoints"
+    complete = complete_steps(inside if inside.is_dir() else path)
+    if not complete:
+        raise ValueError(f"{path} holds no complete checkpoint (step_XXXXXXXX/{MANIFEST_NAME})")
+    return complete
 
 
 def find_damage(folder: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:

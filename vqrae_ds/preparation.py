@@ -66,12 +66,16 @@ def prepare(run: Run) -> Setup:
     validation_index = None if validation is None else read_index(Path(validation))
 
     folder = checkpoint.find(run)  # the first of the starting points of config.InitConfig
+    if folder is None:
+        run = checkpoint.resolve_start(run)
     generator = engines.build_generator(run, fill=folder is None)
     discriminator = engines.build_discriminator(run, fill=folder is None)
     ema = None if config.ema is None else WeightAverage(generator, config.ema.decay)
     state, extra = checkpoint.TrainState(), {}
     if folder is not None:
-        state, extra = checkpoint.resume(folder, generator, discriminator, ema=ema)
+        state, extra, resident = checkpoint.resume(folder, generator, discriminator, ema)
+        if resident:
+            engines.load_resident(generator, resident)
         first_weights.check_filled(generator.module)
         set_learning_rates(generator, discriminator, config.losses, state.step)
     elif _needs_calibration(run):

@@ -180,7 +180,7 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
 
 
 def _save(run: Run, setup: Setup, state: TrainState) -> Path:
-    from vqrae_ds import checkpoint
+    from vqrae_ds import checkpoint, engines
 
     setup.objective.settle()
     return checkpoint.save(
@@ -190,6 +190,7 @@ def _save(run: Run, setup: Setup, state: TrainState) -> Path:
         state,
         ema=setup.ema,
         extra={"guard": setup.guard.state()},
+        resident=engines.resident_state(setup.generator),
     )
 
 

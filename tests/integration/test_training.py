@@ -27,9 +27,10 @@ from tests.launching import (
 from tests.tiny import images_of
 from vqrae_ds import VQRAE
 from vqrae_ds.config import read_run
-from vqrae_ds.conversion.consolidate import consolidate, find_step_folder
+from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.evaluation.summary import read_metrics
+from vqrae_ds.manifest import find_step_folder
 
 pytestmark = pytest.mark.slow
 

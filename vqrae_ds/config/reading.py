@@ -20,6 +20,7 @@ from vqrae_ds.config.files import BASE, Recipe, parse_value, read_json, read_rec
 from vqrae_ds.config.losses import LossConfig
 from vqrae_ds.config.model import ModelConfig, resolve_model
 from vqrae_ds.config.schema import TrainConfig
+from vqrae_ds.manifest import find_step_folder
 
 DEEPSPEED_PREFIX = "deepspeed."
 NOT_WEIGHTS = {"model.commitment_cost", "model.legacy", "model.ema_decay"}  # may change by stage
@@ -195,6 +196,12 @@ def check_same_model(ours: ModelConfig, path: Path, name: str) -> None:
 
 def _check_first_weights(config: TrainConfig) -> None:
     """Weights of another architecture are refused here, not after hours in the queue."""
+    if config.init.from_run is not None:
+        try:
+            folder = find_step_folder(Path(config.init.from_run))
+        except ValueError as error:
+            raise ValueError(f"init.from_run: {error}") from error
+        check_same_model(config.model, folder / "model_config.json", "init.from_run")
     if config.init.model is not None:
         check_same_model(config.model, Path(config.init.model) / "config.json", "init.model")
     if config.init.encoder_weights is not None:

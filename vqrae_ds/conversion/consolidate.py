@@ -3,7 +3,8 @@
 What is stored, in which dtype:
 
     tensor              stage2                        inference
-    trained parameter   the fp32 master               cast to `dtype`
+    trained parameter   the fp32 master, or its       the same, cast to `dtype`
+                        moving average (`ema`)
     frozen parameter    as it was in training         cast to `dtype`
                         (bf16 runs have no more)
     float buffer        fp32                          fp32: they are feature statistics
@@ -25,16 +26,15 @@ from typing import Any, Literal, get_args
 import torch
 
 from vqrae_ds.conversion.output_folder import check_free, new_folder, progress_bar, sync
+from vqrae_ds.conversion.rank_files import RESIDENT_FILE
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
+from vqrae_ds.ema import FILE_PATTERN
 from vqrae_ds.manifest import (
     MANIFEST_NAME,
     Manifest,
-    complete_steps,
     find_damage,
     hash_file,
-    is_step_folder,
-    list_files,
     read_manifest,
     write_json_atomically,
 )
@@ -46,45 +46,30 @@ _MODEL_PREFIX, _TEACHER_PREFIX = "vqrae.", "teacher."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def find_step_folder(path: Path) -> Path:
-    """The step folder meant by `path`: itself, or the newest complete one of a run.
-
-    `path` may be a step folder, a run's `checkpoints` folder or the run folder. Raises `ValueError`
-    when it is none of these, or holds no complete checkpoint.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder")
-    if is_step_folder(path) or (path / MANIFEST_NAME).is_file():
-        return path
-    inside = path / "checkpoints"
-    complete = complete_steps(inside if inside.is_dir() else path)
-    if not complete:
-        raise ValueError(f"{path} holds no complete checkpoint (step_XXXXXXXX/{MANIFEST_NAME})")
-    return complete[0]
-
-
 def consolidate(
     checkpoint: Path,
     output: Path,
     *,
     to: Target,
     dtype: torch.dtype = torch.float32,
+    ema: bool = False,
     max_shard_bytes: int = 4 << 30,
     progress: bool = False,
 ) -> None:
     """Convert the step folder `checkpoint` into the new folder `output`.
 
-    Memory stays at a few MB whatever the size of the model. `output` appears, complete and synced,
-    by a rename at the end. Raises `ValueError`, before anything is written, when `output` is there,
-    when `dtype` is not float32 (or bfloat16, for inference), and when the checkpoint is incomplete
-    or damaged, listing its damaged files.
+    With `ema` the moving averages of the trained weights are taken instead of the weights; the
+    discriminator has none and stays as it is. Memory stays at a few MB whatever the size of the
+    model. `output` appears, complete and synced, by a rename at the end. Raises `ValueError`,
+    before anything is written, when `output` is there, when `dtype` is not float32 (or bfloat16,
+    for inference), when there is no average to take, and when the checkpoint is incomplete or
+    damaged, listing its damaged files.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_free(output)
     _check_request(to, dtype)
     _check_intact(checkpoint, read_manifest(checkpoint))
-    weights = _select_weights(checkpoint, to, dtype)
+    weights = _select_weights(checkpoint, to, dtype, ema)
     total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
 
     with new_folder(output) as folder:
@@ -95,7 +80,7 @@ def consolidate(
                 write_file(path, weights["discriminator"], bar.update)
         shutil.copyfile(checkpoint / "model_config.json", folder / "config.json")
         sync(folder / "config.json")
-        write_json_atomically(folder / _RECORD_NAME, _describe(checkpoint, to, dtype))
+        write_json_atomically(folder / _RECORD_NAME, _describe(checkpoint, to, dtype, ema))
 
 
 def verify(checkpoint: Path, output: Path, *, progress: bool = False) -> None:
@@ -106,10 +91,10 @@ def verify(checkpoint: Path, output: Path, *, progress: bool = False) -> None:
     """
     checkpoint, output = Path(checkpoint), Path(output)
     record = json.loads((output / _RECORD_NAME).read_text())
-    to, dtype = record.get("kind"), _DTYPES.get(record.get("dtype"))
-    if record != _describe(checkpoint, to, dtype):
+    to, dtype, ema = record.get("kind"), _DTYPES.get(record.get("dtype")), record.get("ema")
+    if record != _describe(checkpoint, to, dtype, ema):
         raise ValueError(f"{output} was not converted from {checkpoint}, by its {_RECORD_NAME}")
-    weights = _select_weights(checkpoint, to, dtype)
+    weights = _select_weights(checkpoint, to, dtype, ema)
     total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
     differences = []
     with progress_bar(total, "verifying", progress) as bar:
@@ -124,8 +109,9 @@ def verify(checkpoint: Path, output: Path, *, progress: bool = False) -> None:
 def _check_intact(checkpoint: Path, manifest: Manifest) -> None:
     """Every file of the manifest is as it was written, and it vouches for every file we read."""
     damage = find_damage(checkpoint, manifest)
-    needed = {name for name in list_files(checkpoint) if name.endswith("_states.pt")}
-    needed.add("model_config.json")
+    patterns = ("*/*_states.pt", f"*/{RESIDENT_FILE}", FILE_PATTERN)
+    found = (path for pattern in patterns for path in checkpoint.glob(pattern))
+    needed = {"model_config.json", *(p.relative_to(checkpoint).as_posix() for p in found)}
     damage += [f"{name} is not in the manifest" for name in sorted(needed - manifest.files.keys())]
     if damage:
         raise ValueError(f"{checkpoint} is damaged: {'; '.join(damage)}")
@@ -143,11 +129,11 @@ def _check_request(to: Target, dtype: torch.dtype) -> None:
 
 
 def _select_weights(
-    checkpoint: Path, to: Target, dtype: torch.dtype
+    checkpoint: Path, to: Target, dtype: torch.dtype, ema: bool
 ) -> dict[str, list[StreamedTensor]]:
     """What is written under which file stem, in the order of the checkpoint."""
     cast = dtype if to == "inference" else None
-    generator = ZeroCheckpoint(checkpoint / "generator")
+    generator = ZeroCheckpoint(checkpoint / "generator", averages=ema)
     weights: dict[str, list[StreamedTensor]] = {"model": []}
     for name in generator.tensors:
         if name.startswith(_MODEL_PREFIX):
@@ -177,12 +163,13 @@ def _stream(
     return StreamedTensor(new_name, info.shape, dtype, functools.partial(source.pieces, name))
 
 
-def _describe(checkpoint: Path, to: Target, dtype: torch.dtype) -> dict[str, Any]:
+def _describe(checkpoint: Path, to: Target, dtype: torch.dtype, ema: bool) -> dict[str, Any]:
     """The content of `conversion.json`."""
     manifest = read_manifest(checkpoint)
     return {
         "kind": to,
         "dtype": str(dtype).removeprefix("torch."),
+        "ema": ema,
         "step": manifest.step,
         "stage": manifest.stage,
         "versions": manifest.versions,

@@ -5,19 +5,31 @@ fragment in each `*_model_states.pt`, a trained one a stretch of a flat fp32 vec
 `*_optim_states.pt`. ZeRO-1 and 2 keep the whole module in one `mp_rank_00_model_states.pt`, and lay
 the fp32 masters of a parameter group end to end in one vector that is cut at the ranks' borders.
 
-The files are mapped, not loaded. They are pickles: tensors and plain containers are all that is
-ever built from them, and DeepSpeed itself is not imported.
+Beside DeepSpeed's files may lie two kinds of the trainer's own: a moving average of each rank's
+masters in the step folder, in the layout of the masters, and frozen weights that the engine did not
+shard, whole, in `resident.safetensors`. All files are mapped, not loaded.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+
+from vqrae_ds.conversion.rank_files import (
+    RESIDENT_FILE,
+    Files,
+    Masters,
+    entry,
+    find_files,
+    load,
+    read_averages,
+    read_masters,
+)
 
 Kind = Literal["trainable", "frozen", "buffer"]
 
@@ -35,28 +47,32 @@ class ZeroCheckpoint:
 
     `tensors` maps a name to its `TensorInfo`: fp32 masters of the trained parameters, frozen
     parameters in the dtype they were trained beside, and the persistent buffers of rank 0.
-    A parameter that is shared under several names appears under each of them.
+    A parameter that is shared under several names appears under each of them. With `averages` the
+    moving averages in the step folder above take the place of the masters.
 
     Raises `ValueError`, naming the file, when a rank's file is missing or one too many, when the
     ranks contradict each other, and when a file is damaged or holds anything but plain data.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, averages: bool = False) -> None:
         self.folder = Path(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self._spans: dict[str, list[_Span]] = {}
-        files = _find_files(self.folder)
-        masters = [_read_masters(file, files) for file in files.optimizers]
-        state = _load(files.models[0])
-        module = _entry(state, "module", dict, files.models[0])
-        for name in _entry(state, "buffer_names", list, files.models[0]):
+        files = find_files(self.folder)
+        masters = read_masters(files)
+        if averages:
+            masters = read_averages(self.folder.parent, masters)
+        state = load(files.models[0])
+        module = entry(state, "module", dict, files.models[0])
+        for name in entry(state, "buffer_names", list, files.models[0]):
             self._add_whole(name, "buffer", module[name])
-        shared = _entry(state, "shared_params", dict, files.models[0])
-        self._add_trained(_entry(state, "param_shapes", list, files.models[0]), masters, files)
+        shared = entry(state, "shared_params", dict, files.models[0])
+        self._add_trained(entry(state, "param_shapes", list, files.models[0]), masters, files)
         if files.partitioned:
             self._add_frozen_shares(files.models)
         else:
             self._add_frozen_whole(module, shared)
+        self._add_resident()
         for alias, name in shared.items():
             self.tensors[alias], self._spans[alias] = self.tensors[name], self._spans[name]
 
@@ -70,6 +86,27 @@ class ZeroCheckpoint:
         """The whole tensor, in memory of its own."""
         info = self.tensors[name]
         return torch.cat([torch.empty(0, dtype=info.dtype), *self.pieces(name)]).view(info.shape)
+
+    def read_range(self, name: str, start: int, numel: int) -> torch.Tensor:
+        """Elements `start` to `start + numel` of the flat tensor; fewer where it ends before."""
+        parts, end = [torch.empty(0, dtype=self.tensors[name].dtype)], start + numel
+        position = 0
+        for piece in self.pieces(name):
+            parts.append(piece[max(start - position, 0) : max(end - position, 0)])
+            position += piece.numel()
+        return torch.cat(parts)
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return self.tensors[name].shape
+
+    def file_of(self, name: str) -> Path:
+        """Where one tensor lies, to name it in a message: most are spread over the folder."""
+        return self.folder
 
     def _add(self, name: str, shape: Sequence[int], kind: Kind, spans: list[_Span]) -> None:
         found = sum(span.numel for span in spans)
@@ -87,7 +124,7 @@ class ZeroCheckpoint:
         self._add(name, tensor.shape, kind, [_Span(tensor, 0, tensor.numel())])
 
     def _add_trained(
-        self, shapes: list[dict[str, Sequence[int]]], masters: list[_Masters], files: _Files
+        self, shapes: list[dict[str, Sequence[int]]], masters: list[Masters], files: Files
     ) -> None:
         """The fp32 masters; `shapes` has a dict for each parameter group (ZeRO-3: sub-group)."""
         for rank, file in zip(masters, files.optimizers, strict=True):
@@ -122,14 +159,14 @@ class ZeroCheckpoint:
         """ZeRO-3: one fragment per rank and frozen parameter; the ranks must agree on the model."""
         agreed, fragments = None, []
         for file in files:
-            state = _load(file)
-            shapes = _entry(state, "frozen_param_shapes", dict, file)
-            step = _entry(state, "global_steps", int, file)
-            claim = (_entry(state, "param_shapes", list, file), shapes, step)
+            state = load(file)
+            shapes = entry(state, "frozen_param_shapes", dict, file)
+            step = entry(state, "global_steps", int, file)
+            claim = (entry(state, "param_shapes", list, file), shapes, step)
             agreed = agreed or claim
             if claim != agreed:
                 raise ValueError(f"{file} belongs to another model or step than {files[0].name}")
-            fragments.append(_entry(state, "frozen_param_fragments", dict, file))
+            fragments.append(entry(state, "frozen_param_fragments", dict, file))
             for name, shape in shapes.items():
                 found = fragments[-1][name].numel() if name in fragments[-1] else 0
                 share = _share_numel(shape, len(files))
@@ -146,6 +183,20 @@ class ZeroCheckpoint:
             if name not in known and isinstance(tensor, torch.Tensor):
                 self._add_whole(name, "frozen", tensor)
 
+    def _add_resident(self) -> None:
+        """Frozen weights that were whole on every rank, which DeepSpeed knows nothing of."""
+        path = self.folder / RESIDENT_FILE
+        if not path.is_file():
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - a handle, not a dict
+                    if name in self.tensors:
+                        raise ValueError(f"{path} holds {name}, and so do the files of the ranks")
+                    self._add_whole(name, "frozen", file.get_tensor(name))
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+
 
 class _Span(NamedTuple):
     """`numel` elements of a mapped tensor from `start` on."""
@@ -153,28 +204,6 @@ class _Span(NamedTuple):
     tensor: torch.Tensor
     start: int
     numel: int
-
-
-class _Address(NamedTuple):
-    """Where one rank's flat vector holds its part of a parameter."""
-
-    start: int
-    numel: int
-
-
-class _Masters(NamedTuple):
-    """One rank's flat fp32 vectors, one a group; `addresses` is empty under ZeRO-3."""
-
-    flats: list[torch.Tensor]
-    addresses: list[dict[str, _Address]]
-
-
-class _Files(NamedTuple):
-    """An engine's files in the order of the ranks; `partitioned` is ZeRO-3."""
-
-    partitioned: bool
-    models: list[Path]
-    optimizers: list[Path]
 
 
 def _share_numel(shape: Sequence[int], world_size: int) -> int:
@@ -186,86 +215,3 @@ def _shares(tensors: list[torch.Tensor], start: int, numel: int) -> list[_Span]:
     share = _share_numel([numel], len(tensors))
     left = (numel - rank * share for rank in range(len(tensors)))
     return [_Span(t, start, min(max(n, 0), share)) for t, n in zip(tensors, left, strict=True)]
-
-
-def _find_files(folder: Path) -> _Files:
-    """The engine's files; a rank too many (another run's?) is refused like a missing one."""
-    optimizers = sorted(folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"))
-    if not optimizers:
-        raise ValueError(f"{folder} holds no zero_pp_rank_*_optim_states.pt: not a ZeRO checkpoint")
-    state = _entry(_load(optimizers[0]), "optimizer_state_dict", dict, optimizers[0])
-    world_size = _world_size(state, optimizers[0])
-    partitioned = "fp32_flat_groups" in state
-    prefix = optimizers[0].name.partition("zero_pp_rank_")[0]
-    ranks = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(world_size)]
-    models = ranks if partitioned else ["mp_rank_00"]
-    files = _Files(
-        partitioned,
-        [folder / f"{name}_model_states.pt" for name in models],
-        [folder / f"{prefix}{name}_optim_states.pt" for name in ranks],
-    )
-    expected, present = {*files.models, *files.optimizers}, set(folder.glob("*_states.pt"))
-    if missing := sorted(str(path) for path in expected - present):
-        raise ValueError(f"{', '.join(missing)} missing: the checkpoint is of {world_size} ranks")
-    if strange := sorted(str(path) for path in present - expected):
-        raise ValueError(
-            f"{', '.join(strange)} does not belong to a checkpoint of {world_size} data-parallel "
-            "ranks (and a tensor-parallel one cannot be converted)"
-        )
-    return files
-
-
-def _read_masters(file: Path, files: _Files) -> _Masters:
-    state = _entry(_load(file), "optimizer_state_dict", dict, file)
-    if _world_size(state, file) != len(files.optimizers):
-        raise ValueError(f"{file} is of another world size than {files.optimizers[0].name}")
-    if files.partitioned:
-        return _Masters(_entry(state, "fp32_flat_groups", list, file), [])
-    flats = _entry(state, "single_partition_of_fp32_groups", list, file)
-    mappings = _entry(state, "param_slice_mappings", list, file)
-    addresses = [{n: _Address(a.start, a.numel) for n, a in group.items()} for group in mappings]
-    for flat, group in zip(flats, addresses, strict=True):
-        for name, address in group.items():
-            if not 0 <= address.start <= address.start + address.numel <= flat.numel():
-                raise ValueError(f"{file} is too short for its part of {name}")
-    return _Masters(flats, addresses)
-
-
-def _world_size(state: dict[str, Any], file: Path) -> int:
-    """The number of ranks that share the optimizer state; ZeRO-1 and 2 say it once per group."""
-    count = _entry(state, "partition_count", (int, list), file)
-    counts = set(count) if isinstance(count, list) else {count}
-    if len(counts) != 1:
-        raise ValueError(f"{file} has groups over different numbers of ranks: {sorted(counts)}")
-    return counts.pop()
-
-
-def _entry(state: Any, key: str, kind: type | tuple[type, ...], file: Path) -> Any:
-    if not isinstance(state, dict) or not isinstance(state.get(key), kind):
-        raise ValueError(f"{file} has no usable {key!r}: it is not a file of a ZeRO engine")
-    return state[key]
-
-
-class _Record:
-    """Stands in for DeepSpeed's own classes: takes their attributes, runs none of their code."""
-
-
-_ALLOWED = [
-    (_Record, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Record, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-]
-
-
-def _load(file: Path) -> Any:
-    """Map one file; nothing in it is executed."""
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # what a damaged or hostile file raises has no common base
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise ValueError(
-                f"{file} wants to load {refused[1]}, which is not data: refused"
-            ) from None
-        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +32,22 @@ def weight_files(
     if index_path.is_file():
         return _shards(index_path)
     return [single_path] if single_path.is_file() else []
+
+
+class StoredWeights(Protocol):
+    """Tensors by name that are read one at a time; `folder` is where they lie."""
+
+    folder: Path
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def file_of(self, name: str) -> Path: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def read_range(self, name: str, start: int, numel: int) -> Tensor: ...
 
 
 class WeightFolder:
@@ -70,6 +87,10 @@ class WeightFolder:
         """One tensor, on the CPU. Raises `ValueError` where there is none."""
         return self._find(name).get_tensor(name)
 
+    def read_range(self, name: str, start: int, numel: int) -> Tensor:
+        """Elements `start` to `start + numel` of the flat tensor; fewer where it ends before."""
+        return self.read(name).flatten()[start : start + numel]
+
     def _find(self, name: str) -> safe_open:
         if name not in self._handle_of:
             raise ValueError(f"{self.folder} holds no tensor {name}")
@@ -88,7 +109,7 @@ def check_names(expected: set[str], found: set[str], source: object) -> None:
         raise ValueError(f"the tensors of {source} do not fit the model: {'; '.join(parts)}")
 
 
-def check_shape(weights: WeightFolder, name: str, expected: tuple[int, ...]) -> None:
+def check_shape(weights: StoredWeights, name: str, expected: tuple[int, ...]) -> None:
     """Raise `ValueError` where a stored tensor has another shape than the model's."""
     found = weights.shape(name)
     if found != expected:

@@ -1,0 +1,158 @@
+"""The files that the ranks of one DeepSpeed engine leave in a checkpoint: found, mapped, checked.
+
+They are pickles: tensors and plain containers are all that is ever built from them. DeepSpeed
+itself is not imported.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vqrae_ds.ema import AVERAGES, FILE_PATTERN, average_file
+
+RESIDENT_FILE = "resident.safetensors"  # in the folder of an engine, beside its ranks' files
+
+
+class Address(NamedTuple):
+    """Where one rank's flat vector holds its part of a parameter."""
+
+    start: int
+    numel: int
+
+
+class Masters(NamedTuple):
+    """One rank's flat fp32 vectors, one a group; `addresses` is empty under ZeRO-3."""
+
+    flats: list[torch.Tensor]
+    addresses: list[dict[str, Address]]
+
+
+class Files(NamedTuple):
+    """An engine's files in the order of the ranks; `partitioned` is ZeRO-3."""
+
+    partitioned: bool
+    models: list[Path]
+    optimizers: list[Path]
+
+
+def find_files(folder: Path) -> Files:
+    """The engine's files; a rank too many (another run's?) is refused like a missing one."""
+    optimizers = sorted(folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"))
+    if not optimizers:
+        raise ValueError(f"{folder} holds no zero_pp_rank_*_optim_states.pt: not a ZeRO checkpoint")
+    state = entry(load(optimizers[0]), "optimizer_state_dict", dict, optimizers[0])
+    world_size = _world_size(state, optimizers[0])
+    partitioned = "fp32_flat_groups" in state
+    prefix = optimizers[0].name.partition("zero_pp_rank_")[0]
+    ranks = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(world_size)]
+    models = ranks if partitioned else ["mp_rank_00"]
+    files = Files(
+        partitioned,
+        [folder / f"{name}_model_states.pt" for name in models],
+        [folder / f"{prefix}{name}_optim_states.pt" for name in ranks],
+    )
+    _check_complete(folder, [*files.models, *files.optimizers], "*_states.pt", world_size)
+    return files
+
+
+def read_masters(files: Files) -> list[Masters]:
+    """The fp32 masters of each rank, mapped. Raises `ValueError`, naming the file."""
+    return [_read_masters(file, files) for file in files.optimizers]
+
+
+def read_averages(checkpoint: Path, masters: list[Masters]) -> list[Masters]:
+    """The moving averages that each rank keeps of its `masters`, in their place.
+
+    `checkpoint` is the step folder. Raises `ValueError` where it has none, and, naming the file,
+    where that of a rank is missing or damaged, or does not fit the masters.
+    """
+    if not any(checkpoint.glob(FILE_PATTERN)):
+        raise ValueError(
+            f"{checkpoint} holds no moving average ({FILE_PATTERN}), for ema was off in its run: "
+            "take the weights themselves"
+        )
+    files = [average_file(checkpoint, rank) for rank in range(len(masters))]
+    _check_complete(checkpoint, files, FILE_PATTERN, len(masters))
+    averaged = []
+    for rank, file in zip(masters, files, strict=True):
+        flats = entry(load(file), AVERAGES, list, file)
+        if [_kind(flat) for flat in flats] != [_kind(flat) for flat in rank.flats]:
+            raise ValueError(f"{file} does not fit the optimizer's file of the same rank")
+        averaged.append(rank._replace(flats=flats))
+    return averaged
+
+
+def _kind(flat: Any) -> tuple[torch.Size, torch.dtype] | None:
+    return (flat.shape, flat.dtype) if isinstance(flat, torch.Tensor) else None
+
+
+def _check_complete(folder: Path, expected: list[Path], pattern: str, world_size: int) -> None:
+    wanted, present = set(expected), set(folder.glob(pattern))
+    if missing := sorted(str(path) for path in wanted - present):
+        raise ValueError(f"{', '.join(missing)} missing: the checkpoint is of {world_size} ranks")
+    if strange := sorted(str(path) for path in present - wanted):
+        raise ValueError(
+            f"{', '.join(strange)} does not belong to a checkpoint of {world_size} data-parallel "
+            "ranks (and a tensor-parallel one cannot be converted)"
+        )
+
+
+def _read_masters(file: Path, files: Files) -> Masters:
+    state = entry(load(file), "optimizer_state_dict", dict, file)
+    if _world_size(state, file) != len(files.optimizers):
+        raise ValueError(f"{file} is of another world size than {files.optimizers[0].name}")
+    if files.partitioned:
+        return Masters(entry(state, "fp32_flat_groups", list, file), [])
+    flats = entry(state, "single_partition_of_fp32_groups", list, file)
+    mappings = entry(state, "param_slice_mappings", list, file)
+    addresses = [{n: Address(a.start, a.numel) for n, a in group.items()} for group in mappings]
+    for flat, group in zip(flats, addresses, strict=True):
+        for name, address in group.items():
+            if not 0 <= address.start <= address.start + address.numel <= flat.numel():
+                raise ValueError(f"{file} is too short for its part of {name}")
+    return Masters(flats, addresses)
+
+
+def _world_size(state: dict[str, Any], file: Path) -> int:
+    """The number of ranks that share the optimizer state; ZeRO-1 and 2 say it once per group."""
+    count = entry(state, "partition_count", (int, list), file)
+    counts = set(count) if isinstance(count, list) else {count}
+    if len(counts) != 1:
+        raise ValueError(f"{file} has groups over different numbers of ranks: {sorted(counts)}")
+    return counts.pop()
+
+
+def entry(state: Any, key: str, kind: type | tuple[type, ...], file: Path) -> Any:
+    """`state[key]`. Raises `ValueError` where there is none of that kind."""
+    if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+        raise ValueError(f"{file} has no usable {key!r}: it is not a file of a ZeRO checkpoint")
+    return state[key]
+
+
+class _Record:
+    """Stands in for DeepSpeed's own classes: takes their attributes, runs none of their code."""
+
+
+_ALLOWED = [
+    (_Record, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Record, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+]
+
+
+def load(file: Path) -> Any:
+    """Map one file; nothing in it is executed. Raises `ValueError` where it cannot be read."""
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # what a damaged or hostile file raises has no common base
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise ValueError(
+                f"{file} wants to load {refused[1]}, which is not data: refused"
+            ) from None
+        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
