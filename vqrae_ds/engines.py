@@ -156,16 +156,15 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
         resident.take_out(model, deepspeed.zero.GatheredParameters, device, dtype)
     groups = parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
-    _forget_node_copies(model)
     if fill:
         for module in (model, *resident.resident_modules(model).values()):
             first_weights.check_filled(module)
+    else:
+        _forget_node_copies(model)
     if _has_fp32_masters_of_bf16(run):
         with failing_together():
             _set_masters(engine, sources)
-    set_learning_rate(
-        engine, 0
-    )  # DeepSpeed would take the first step at 0 and be one late after it
+    set_learning_rate(engine, 0)  # else DeepSpeed takes the first step at 0 and is late by one
     return engine
 
 
@@ -246,13 +245,14 @@ def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:
 
 
 def _forget_node_copies(model: TrainingModel) -> None:
-    """hpZ keeps a second partition of each parameter, over the ranks of a node.
+    """hpZ keeps a second partition of each parameter, that of a frozen one for good.
 
-    Those of frozen ones last, also where a checkpoint is loaded into the first partition. Without
-    one it is made at the next gathering.
+    A checkpoint is loaded into the first alone. Where there is no second it is made from the first
+    at the next gathering.
     """
     for parameter in model.parameters():
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.partition()  # one that is still whole would make a second from what it holds
             parameter.ds_secondary_tensor = None
 
 
