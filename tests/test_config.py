@@ -108,13 +108,13 @@ def test_yaml_numbers_with_an_exponent(tmp_path: Path) -> None:
     assert (multiplier.encoder, multiplier.decoder) == (0.01, 50.0)
 
 
-OFFLOAD = "zero_optimization.offload_optimizer"
+OFFLOAD = "zero_optimization.offload_param"
 UNTESTED = (f"deepspeed.{OFFLOAD}={{device: cpu}}", "deepspeed.prescale_gradients=true")
 
 
 def test_untested_keys_can_be_allowed_by_name(tmp_path: Path) -> None:
     run = read(tmp_path, *UNTESTED, allowed_keys=[OFFLOAD, "prescale_gradients"])
-    assert run.deepspeed["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert run.deepspeed["zero_optimization"]["offload_param"] == {"device": "cpu"}
     assert run.deepspeed["prescale_gradients"] is True
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import logging
 import os
 from datetime import timedelta
@@ -22,26 +21,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from vqrae_ds import first_weights
-from vqrae_ds.config import LearningRateMultiplierConfig, Run
+from vqrae_ds import first_weights, resident
+from vqrae_ds.attention import choose_attention
+from vqrae_ds.config import Run
+from vqrae_ds.determinism import make_deterministic
 from vqrae_ds.first_weights import Source, freed_memory_returned, uninitialized_is_nan
 from vqrae_ds.models.discriminator import build_discriminator as new_discriminator
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.vqrae import VQRAE
+from vqrae_ds.parameter_groups import parameter_groups
 from vqrae_ds.ranks import failing_together
-
-logger = logging.getLogger(__name__)
-
-PARTS = {  # part of `lr_multiplier` -> prefixes of parameter names
-    "encoder": ("vqrae.encoder.",),
-    "quantizer": ("vqrae.in_proj.", "vqrae.quantizer.", "vqrae.out_proj."),
-    "decoder": ("vqrae.decoder.",),
-}
-UNDECAYED = ("position", "cls_token", "register_tokens")  # in names; vectors never decay
 
 
 class Ranks(NamedTuple):
@@ -52,11 +45,14 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
-def start(timeout: timedelta) -> Ranks:
+def start(timeout: timedelta, deterministic: bool = False) -> Ranks:
     """Join the process group: NCCL with GPUs, gloo without.
 
-    A peer that is gone ends the run after `timeout`.
+    A peer that is gone ends the run after `timeout`. `make_deterministic` says what
+    `deterministic` promises.
     """
+    if deterministic:
+        make_deterministic()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is meant to be
     on_gpu = _on_gpu()
     if not on_gpu:
@@ -84,6 +80,31 @@ def learning_rates(
     return rates
 
 
+def set_learning_rate(engine: DeepSpeedEngine, step: int) -> None:
+    """Schedule the step that comes next as the `step`-th of the engine, counted from 0.
+
+    The discriminator counts from its own first step. Without a schedule the rate is constant.
+    """
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.step(step)
+
+
+def resident_state(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """The tensors of a resident encoder or teacher, by the names they would have in the module.
+
+    They are not copied. Where `memory.frozen_encoder` is `sharded` there are none.
+    """
+    return resident.state(engine.module)
+
+
+def load_resident(engine: DeepSpeedEngine, tensors: dict[str, Tensor]) -> None:
+    """Set what `resident_state` gives. All ranks call it; the tensors are those of rank 0.
+
+    Raises `ValueError`, on all ranks together, where names or shapes are others.
+    """
+    resident.load(engine.module, tensors)
+
+
 def stop() -> None:
     """Leave the process group, all ranks together."""
     dist.barrier()
@@ -102,13 +123,19 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
 
     Raises `ValueError`, on all ranks together, for weight files that do not fit or are damaged.
     """
-    config = run.config
-    attention = _attention(run)
+    config, memory = run.config, run.config.memory
+    attention = choose_attention(on_gpu=_on_gpu(), bf16=_is_bf16(run))
     torch.manual_seed(config.run.seed)
     # A module is partitioned as soon as it is built, so no process ever holds two of them whole;
     # nothing is drawn, because all is set below.
     with no_init_weights(), uninitialized_is_nan(), _partitioned(run.deepspeed):
-        vqrae = VQRAE(config=config.model, freeze_encoder=config.stage == 1, attention=attention)
+        vqrae = VQRAE(
+            config=config.model,
+            freeze_encoder=config.stage == 1,
+            attention=attention,
+            encoder_checkpointing=memory.encoder_checkpointing,
+            decoder_checkpointing=memory.decoder_checkpointing,
+        )
         teacher, distillation = None, config.losses.distillation
         if distillation is not None:
             teacher = build_encoder(config.model, attention)
@@ -124,13 +151,21 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
         fill_weights(model, sources)
     else:
         first_weights.poison(model, set(model.state_dict()))
+    if memory.frozen_encoder == "resident":
+        device = torch.device(deepspeed.get_accelerator().current_device_name())
+        dtype = torch.bfloat16 if _is_bf16(run) else torch.float32
+        resident.take_out(model, deepspeed.zero.GatheredParameters, device, dtype)
     groups = parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
     if fill:
-        first_weights.check_filled(model)
-    if _is_bf16(run):
+        for module in (model, *resident.resident_modules(model).values()):
+            first_weights.check_filled(module)
+    else:
+        _forget_node_copies(model)
+    if _has_fp32_masters_of_bf16(run):
         with failing_together():
             _set_masters(engine, sources)
+    set_learning_rate(engine, 0)  # else DeepSpeed takes the first step at 0 and is late by one
     return engine
 
 
@@ -144,6 +179,8 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
         return None
     deepspeed_config = copy.deepcopy(run.deepspeed)
     deepspeed_config["zero_optimization"] = {"stage": 1}
+    if _is_bf16(run):
+        deepspeed_config["bf16"] = {"enabled": True}  # so small that its masters are always fp32
     deepspeed_config["optimizer"]["params"]["lr"] *= run.config.lr_multiplier.discriminator
     if "scheduler" in deepspeed_config:
         steps = run.schedule.total_steps - gan.first_discriminator_step
@@ -160,6 +197,7 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
         model_parameters=list(discriminator.parameters()),
         config=deepspeed_config,
     )
+    set_learning_rate(engine, 0)
     return engine
 
 
@@ -210,6 +248,22 @@ def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:
             safe_set_local_fp32_param(parameter, padded.to(engine.device))
 
 
+def _forget_node_copies(model: TrainingModel) -> None:
+    """hpZ keeps a second partition of each parameter, that of a frozen one for good.
+
+    A checkpoint is loaded into the first alone. Where there is no second it is made from the first
+    at the next gathering.
+    """
+    for parameter in model.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.partition()  # one that is still whole would make a second from what it holds
+            parameter.ds_secondary_tensor = None
+
+
+def _has_fp32_masters_of_bf16(run: Run) -> bool:
+    return _is_bf16(run) and not run.deepspeed["bf16"].get("bf16_master_weights_and_grads", False)
+
+
 def _is_bf16(run: Run) -> bool:
     return run.deepspeed.get("bf16", {}).get("enabled", False)
 
@@ -225,41 +279,8 @@ def _partitioned(deepspeed_config: dict[str, Any]) -> contextlib.AbstractContext
     return deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
 
 
-def _attention(run: Run) -> str:
-    if not (_on_gpu() and _is_bf16(run)):
-        reason = "flash attention needs CUDA and bf16"
-    elif importlib.util.find_spec("flash_attn") is None:
-        reason = "flash-attn is not installed"
-    else:
-        logger.info("attention of the encoder: flash_attention_2")
-        return "flash_attention_2"
-    logger.info("attention of the encoder: sdpa (%s)", reason)
-    return "sdpa"
-
-
 def _broadcast(buffer: Tensor) -> None:
     device = deepspeed.get_accelerator().current_device_name()
     moved = buffer.data.to(device)
     dist.broadcast(moved, 0)
     buffer.data.copy_(moved)
-
-
-def parameter_groups(
-    model: TrainingModel, optimizer_params: dict[str, Any], multiplier: LearningRateMultiplierConfig
-) -> list[dict[str, Any]]:
-    """One group a part and kind: no decay on norms, biases, scales, positions and extra tokens."""
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = next(p for p, prefixes in PARTS.items() if name.startswith(prefixes))
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            decays = len(shape) >= 2 and not any(word in name for word in UNDECAYED)
-            groups.setdefault((part, decays), []).append(parameter)
-    built = []
-    for (part, decays), parameters in groups.items():
-        rate = optimizer_params["lr"] * getattr(multiplier, part)
-        group = {"params": parameters, "lr": rate, "part": part}
-        if not decays:
-            group["weight_decay"] = 0.0
-        built.append(group)
-    return built

@@ -107,11 +107,14 @@ def stored_tensors(model: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:
 def uninitialized_is_nan() -> Iterator[None]:
     """Inside, new memory without a value is NaN: PyTorch's deterministic mode sees to it."""
     mode = torch.get_deterministic_debug_mode()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("warn")
+    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 @torch.no_grad()

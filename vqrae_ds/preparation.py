@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -54,7 +55,8 @@ def prepare(run: Run) -> Setup:
     from vqrae_ds.guard import Guard
 
     config = run.config
-    ranks = engines.start(run)
+    timeout = timedelta(minutes=config.run.collective_timeout_minutes)
+    ranks = engines.start(timeout, config.run.deterministic)
     Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
     index = read_index(Path(config.data.train))
     if config.data.samples_per_epoch not in (None, index.num_samples):

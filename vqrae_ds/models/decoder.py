@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqrae_ds.config import DecoderConfig
+from vqrae_ds.models.activation_checkpointing import Checkpointing, checkpointed
 from vqrae_ds.models.positions import resize_positions
 
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
@@ -127,11 +128,19 @@ class Decoder(nn.Module):
     """Position embedding, blocks, norm and head.
 
     `config` has every field set (`resolve_model`), `side` is the side of the grid that the position
-    embedding is learned on, and `patch_size` that of a patch of the output in pixels.
+    embedding is learned on, and `patch_size` that of a patch of the output in pixels. In training
+    mode the blocks keep for the backward pass what `checkpointing` says.
     """
 
-    def __init__(self, config: DecoderConfig, side: int, patch_size: int) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        side: int,
+        patch_size: int,
+        checkpointing: Checkpointing = "none",
+    ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.position = PositionEmbedding(side, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = NORMS[config.norm_type](config.hidden_size, NORM_EPS)
@@ -140,8 +149,9 @@ class Decoder(nn.Module):
     def forward(self, x_BND: Tensor, h: int, w: int) -> DecoderOutput:
         """Decode the features of a grid of `h` x `w` tokens, in row-major order."""
         x_BND = self.position(x_BND, h, w)
+        kind = self.checkpointing if self.training else "none"
         for block in self.blocks:
-            x_BND = block(x_BND)
+            x_BND = checkpointed(block, x_BND, kind=kind)
         hidden_BND = self.norm(x_BND)
         patches_BhwP = self.head(hidden_BND).unflatten(1, (h, w))
         return DecoderOutput(patches_BhwP, hidden_BND)

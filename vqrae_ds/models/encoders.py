@@ -29,6 +29,7 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionEmbeddi
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from vqrae_ds.config import ModelConfig, choose_encoder, nearest_multiples
+from vqrae_ds.models.activation_checkpointing import Checkpointing, checkpointed
 from vqrae_ds.models.positions import resize_positions
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -77,6 +78,10 @@ class Encoder(nn.Module):
         tokens_BND = self._run(pixels_B3HW)
         num_patches = images_B3HW[0, 0].numel() // self.patch_size**2
         return tokens_BND[:, -num_patches:]  # class and register tokens come first
+
+    def set_checkpointing(self, kind: Checkpointing) -> None:
+        """What the blocks keep for the backward pass in training mode."""
+        self.model._set_gradient_checkpointing(kind != "none", partial(checkpointed, kind=kind))
 
     def leaves_out(self, name: str) -> bool:
         """Whether a tensor of the whole network belongs to a part that is not built here.

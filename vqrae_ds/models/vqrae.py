@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.config.checking import check
 from vqrae_ds.config.files import read_json
+from vqrae_ds.models.activation_checkpointing import Checkpointing
 from vqrae_ds.models.decoder import Decoder, unpatchify
 from vqrae_ds.models.ema_codebook import EMACodebook
 from vqrae_ds.models.encoders import build_encoder, check_images
@@ -84,7 +85,8 @@ class VQRAE(nn.Module):
     loaded into the encoder; all else is random: `from_pretrained` loads a whole model. `options`
     are the other fields of `ModelConfig`, and `config` stands for all of them. `freeze_encoder`
     runs the encoder without gradient. `attention` is the transformers library's name of the
-    encoder's attention implementation, `search` finds the nearest codes.
+    encoder's attention implementation, `search` finds the nearest codes. In training mode the
+    blocks keep for the backward pass what the checkpointings say; a frozen encoder has none.
 
     Raises `ValueError` for a field that is unknown or does not fit, and for weights that do not.
     """
@@ -100,6 +102,8 @@ class VQRAE(nn.Module):
         config: ModelConfig | None = None,
         attention: str = "sdpa",
         search: Search = nearest_code,
+        encoder_checkpointing: Checkpointing = "none",
+        decoder_checkpointing: Checkpointing = "none",
         **options: Any,
     ) -> None:
         super().__init__()
@@ -122,13 +126,17 @@ class VQRAE(nn.Module):
             weights = WeightFolder(encoder_folder)
             copy_weights(self.encoder.model, weights, self.encoder.leaves_out)
         self.encoder.requires_grad_(not freeze_encoder)
+        if not freeze_encoder:
+            self.encoder.set_checkpointing(encoder_checkpointing)
         width, dim = self.encoder.hidden_size, config.embedding_dim
         decoder_width = config.decoder.hidden_size
         self.standardize = _standardization(config.standardization, width)
         self.in_proj = nn.Linear(width, dim) if config.use_projections else nn.Identity()
         self.quantizer = _quantizer(config, search)
         self.out_proj = nn.Linear(dim, decoder_width) if config.use_projections else nn.Identity()
-        self.decoder = Decoder(config.decoder, config.grid_side, config.output_patch_size)
+        self.decoder = Decoder(
+            config.decoder, config.grid_side, config.output_patch_size, decoder_checkpointing
+        )
 
     def forward(self, images_B3HW: Tensor) -> VQRAEOutput:
         """Encode, quantise, decode. Raises `ValueError` as `encode` does."""

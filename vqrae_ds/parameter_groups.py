@@ -1,0 +1,38 @@
+"""Which parameters the optimizer takes, with what learning rate and weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vqrae_ds.config import LearningRateMultiplierConfig
+from vqrae_ds.models.training_model import TrainingModel
+
+PARTS = {  # part of `lr_multiplier` -> prefixes of parameter names
+    "encoder": ("vqrae.encoder.",),
+    "quantizer": ("vqrae.in_proj.", "vqrae.quantizer.", "vqrae.out_proj."),
+    "decoder": ("vqrae.decoder.",),
+}
+UNDECAYED = ("position", "cls_token", "register_tokens")  # in names; vectors never decay
+
+
+def parameter_groups(
+    model: TrainingModel, optimizer_params: dict[str, Any], multiplier: LearningRateMultiplierConfig
+) -> list[dict[str, Any]]:
+    """One group a part and kind: no decay on norms, biases, scales, positions and extra tokens."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = next(p for p, prefixes in PARTS.items() if name.startswith(prefixes))
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            decays = len(shape) >= 2 and not any(word in name for word in UNDECAYED)
+            groups.setdefault((part, decays), []).append(parameter)
+    built = []
+    for (part, decays), parameters in groups.items():
+        rate = optimizer_params["lr"] * getattr(multiplier, part)
+        group = {"params": parameters, "lr": rate, "part": part}
+        if not decays:
+            group["weight_decay"] = 0.0
+        built.append(group)
+    return built

@@ -1,0 +1,100 @@
+"""A frozen encoder that is whole on every rank, and so outside the engine's module tree.
+
+What is in the tree under ZeRO-3 is partitioned, and released after every step. Outside it there is
+nothing to gather; there is no gradient to reduce either. The module stays an attribute of its
+owner, so the model's code is the same. Its tensors are in no checkpoint of DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vqrae_ds import first_weights
+from vqrae_ds.models.training_model import TrainingModel
+from vqrae_ds.ranks import failing_together
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
+
+
+@torch.no_grad()
+def take_out(
+    model: TrainingModel, gather: Gather, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Make the frozen encoder, or the teacher, whole on this rank and take it out of the tree.
+
+    Inside `gather(parameters)` these are whole: all ranks call this together. The encoder has its
+    values by then; from here on it is in evaluation mode.
+    """
+    if model.teacher is not None:
+        owner, name = model, "teacher"
+    elif model.vqrae.freeze_encoder:
+        owner, name = model.vqrae, "encoder"
+    else:
+        return
+    encoder = getattr(owner, name)
+    for module in encoder.modules():
+        own = dict(module.named_parameters(recurse=False))
+        with gather(list(own.values())):
+            whole = {name: p.data.to(device, dtype, copy=True) for name, p in own.items()}
+        for own_name, value in whole.items():
+            setattr(module, own_name, nn.Parameter(value, requires_grad=False))
+    encoder.to(device).eval()  # the buffers, in their own dtypes
+    delattr(owner, name)
+    vars(owner)[name] = encoder  # what is assigned to a module would be in its tree again
+
+
+def resident_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """What is outside the tree, by the prefix that its names would have in it."""
+    places = {
+        "vqrae.encoder.": vars(model.vqrae).get("encoder"),
+        "teacher.": vars(model).get("teacher"),
+    }
+    return {prefix: module for prefix, module in places.items() if isinstance(module, nn.Module)}
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors outside the tree, not copied, by their names in it; none where all is sharded."""
+    return {
+        prefix + name: tensor
+        for prefix, module in resident_modules(model).items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Set what `state` gives from the tensors of rank 0; all ranks call it.
+
+    Raises `ValueError`, on all ranks together, where names or shapes are others.
+    """
+    with failing_together():
+        if dist.get_rank() == 0:
+            _check_fits(model, tensors)
+    for name, own in state(model).items():
+        if dist.get_rank() == 0:
+            own.copy_(tensors[name])
+        dist.broadcast(own, 0)
+    for module in resident_modules(model).values():
+        first_weights.check_filled(module)
+
+
+def _check_fits(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    ours = {name: tuple(tensor.shape) for name, tensor in state(model).items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if bool(ours) != bool(theirs):
+        now, then = ("resident", "sharded") if ours else ("sharded", "resident")
+        raise ValueError(
+            f'memory.frozen_encoder = "{now}" differs from the run that wrote the checkpoint: '
+            f"set it to {then}"
+        )
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{name} of the resident encoder has shape {theirs.get(name)} in the checkpoint "
+                f"and {ours.get(name)} in the model: it is another encoder"
+            )
