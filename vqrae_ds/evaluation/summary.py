@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
 
 class RunSummary(NamedTuple):
@@ -32,6 +32,7 @@ def summarize_run(folder: Path) -> RunSummary:
         "first_loss": training[0]["loss/reconstruction"],
         "last_loss": last["loss/reconstruction"],
         "val_psnr": validation["validation/psnr"],
+        "val_ssim": validation.get("validation/ssim"),
         "val_lpips": validation.get("validation/lpips"),
         "codebook_usage": last["codebook/usage"],
         "teacher_cosine": validation.get("validation/teacher_cosine"),
