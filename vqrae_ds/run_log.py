@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from vqrae_ds.evaluation.summary import METRICS_FILE, TENSORBOARD_FOLDER
+from vqrae_ds.evaluation.summary import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 
 Entry = Mapping[str, float | Sequence[int]]
 
@@ -24,7 +24,7 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / METRICS_FILE
-        drop_entries_after(self._path, step)
+        drop_entries_after(folder, step)
         self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=step + 1)
 
     def write(self, step: int, entry: Entry) -> None:
@@ -65,19 +65,13 @@ class RunLog:
         )
 
 
-def drop_entries_after(path: Path, step: int) -> None:
-    """Keep the lines of `metrics.jsonl` up to `step`, and make the folder if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def drop_entries_after(folder: Path, step: int) -> None:
+    """Keep the entries of `metrics.jsonl` up to `step`, and make the folder if there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / METRICS_FILE
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the line that a kill cut short
-            continue
-        if entry["step"] <= step:
-            kept.append(line + "\n")
+    kept = [json.dumps(entry) + "\n" for entry in read_metrics(folder) if entry["step"] <= step]
     temporary = path.with_name(path.name + ".tmp")  # a kill in here must not lose the rest
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

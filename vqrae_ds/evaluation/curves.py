@@ -53,10 +53,12 @@ def read_tensorboard(run_folder: Path) -> Curves:
     What an earlier start wrote beyond the step at which the run resumed is left out.
     Raises `ValueError` where they are missing or empty.
     """
+    folder = run_folder / TENSORBOARD_FOLDER
+    if not folder.is_dir():
+        raise ValueError(f"{run_folder} is no run folder: it has no {TENSORBOARD_FOLDER}/")
     # Imported here, for it takes a second that the other reader does not need.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = run_folder / TENSORBOARD_FOLDER
     everything = {"scalars": 0, "histograms": 0, "images": 1}
     events = EventAccumulator(str(folder), size_guidance=everything).Reload()
     found = Curves({}, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,5 +43,9 @@ def summarize_run(folder: Path) -> RunSummary:
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """All entries of a run's `metrics.jsonl`, in order."""
-    return [json.loads(line) for line in (run_folder / METRICS_FILE).read_text().splitlines()]
+    """All entries of a run's `metrics.jsonl`, in order, without a line that a kill cut short."""
+    entries = []
+    for line in (run_folder / METRICS_FILE).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
