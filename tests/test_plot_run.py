@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import run_python
 from vqrae_ds.evaluation.curves import Curve, Curves, Histogram, read_curves, read_tensorboard
-from vqrae_ds.evaluation.plot import PANELS, panels_of
+from vqrae_ds.evaluation.plot import PANELS, labels_of, panels_of
 from vqrae_ds.run_log import RunLog
 
 
@@ -54,6 +54,18 @@ def test_every_curve_is_in_one_panel():
     assert placed == sorted(set(names) - {"samples"})
     assert panels[-1].title == "retention/other", "what has no panel gets one"
     assert "MFU" not in [p.title for p in panels_of({"a": Curves({"loss/total": ([1], [1])}, {})})]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["gan/logits_fake", "gan/logits_real"], ["fake", "real"]),
+        (["perf/images", "perf/images_per_gpu"], ["images", "images_per_gpu"]),
+        (["codebook/usage", "validation/usage"], ["codebook/usage", "validation/usage"]),
+    ],
+)
+def test_labels_say_what_tells_curves_apart(names, labels):
+    assert labels_of(names) == labels
 
 
 def test_the_tool_draws_runs_over_each_other(tmp_path):

@@ -101,6 +101,15 @@ def panels_of(runs: Mapping[str, Curves]) -> Iterator[Panel]:
             yield Panel(name, (name,))
 
 
+def labels_of(names: Sequence[str]) -> list[str]:
+    """What tells the curves of a panel apart: their names without the words that all begin with."""
+    shared = os.path.commonprefix(list(names))
+    cut = shared.rfind("/") + 1
+    if shared not in names:  # else the shortest name would lose all its words
+        cut = max(cut, shared.rfind("_") + 1)
+    return [name[cut:] for name in names]
+
+
 def _matches(name: str, start: str) -> bool:
     return name.startswith(start) if start.endswith(("/", "_")) else name == start
 
@@ -120,7 +129,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
     if panel.is_log and smallest > 0:
         axes.set_yscale("log")
     if len(panel.names) > 1:
-        for j, label in enumerate(_labels(panel.names)):
+        for j, label in enumerate(labels_of(panel.names)):
             color, style = (f"C{j}", "-") if is_alone else ("grey", _style(j))
             axes.plot([], [], color=color, linestyle=style, label=label)
         axes.legend(fontsize=7)
@@ -153,13 +162,6 @@ def _uses(bucket: int) -> str:
     if bucket < 2:
         return str(bucket)
     return f"{2 ** (bucket - 1)}-{2**bucket - 1}"
-
-
-def _labels(names: Sequence[str]) -> list[str]:
-    """What tells the curves of a panel apart: their names without the words that all begin with."""
-    shared = os.path.commonprefix(list(names))
-    cut = max(shared.rfind("/"), shared.rfind("_")) + 1
-    return [name[cut:] for name in names]
 
 
 def _style(number: int) -> str | tuple[int, tuple[int, int]]:
