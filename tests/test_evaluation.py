@@ -9,25 +9,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from tests.tiny import IMAGE_SIZE, PlainEngine, build_model, images_of
 from vqrae_ds.calibration import calibrate
 from vqrae_ds.data.stream import Batch, EvaluationBatch
-from vqrae_ds.evaluation.metrics import mean_colour, psnr, validate
-from vqrae_ds.evaluation.report import image_grid, save_grid
+from vqrae_ds.evaluation.metrics import Validation, mean_colour, psnr, ssim, validate
+from vqrae_ds.evaluation.report import ERROR_SCALE, error_map, image_grid, save_grid
 from vqrae_ds.evaluation.summary import summarize_run
 from vqrae_ds.models.training_model import TrainingModel
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def one_rank(tmp_path):
-    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_psnr_is_that_of_its_definition():
@@ -39,6 +31,43 @@ def test_psnr_is_that_of_its_definition():
     assert values[1] == math.inf
 
 
+def ssim_of_one(first_3HW: np.ndarray, second_3HW: np.ndarray) -> float:
+    """Equation 13 of Wang et al. (2004), window by window."""
+    offsets = np.arange(11) - 5
+    bell = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = np.outer(bell, bell) / bell.sum() ** 2
+    C1, C2 = 0.01**2, 0.03**2
+    found = []
+    for x_HW, y_HW in zip(first_3HW, second_3HW, strict=True):
+        for top in range(x_HW.shape[0] - 10):
+            for left in range(x_HW.shape[1] - 10):
+                place = np.s_[top : top + 11, left : left + 11]
+                x, y = x_HW[place], y_HW[place]
+                mean_x, mean_y = (window * x).sum(), (window * y).sum()
+                variances = (window * ((x - mean_x) ** 2 + (y - mean_y) ** 2)).sum()
+                covariance = (window * (x - mean_x) * (y - mean_y)).sum()
+                luminance = (2 * mean_x * mean_y + C1) / (mean_x**2 + mean_y**2 + C1)
+                found.append(luminance * (2 * covariance + C2) / (variances + C2))
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize("size", [(11, 11), (11, 24), (32, 19)])
+def test_ssim_is_that_of_its_definition(size):
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    images_hat = (images + torch.tensor([0.05, 0.5]).view(2, 1, 1, 1) * noise).clamp(0, 1)
+    pairs = zip(images_hat.double().numpy(), images.double().numpy(), strict=True)
+    expected = [ssim_of_one(*pair) for pair in pairs]
+    assert expected[0] > expected[1] + 0.1
+    assert ssim(images_hat, images).tolist() == pytest.approx(expected, abs=1e-9)
+    assert ssim(images, images).tolist() == pytest.approx([1, 1], abs=1e-12)
+
+
+def test_ssim_needs_a_whole_window():
+    with pytest.raises(ValueError, match="sides of 11 px or more, got 10 x 32 px"):
+        ssim(torch.rand(1, 3, 10, 32), torch.rand(1, 3, 10, 32))
+
+
 def test_mean_colour_is_flat_and_keeps_the_mean():
     images = torch.rand(2, 3, 8, 8)
     flat = mean_colour(images)
@@ -47,28 +76,59 @@ def test_mean_colour_is_flat_and_keeps_the_mean():
     assert (flat == flat[:, :, :1, :1]).all()
 
 
-def test_validation_counts_each_image_once_and_leaves_the_code_counts_alone(one_rank):
-    model = TrainingModel(build_model(), build_model(seed=1).encoder)
-    engine = PlainEngine(model)
-    images = images_of(0, 0, batch=3)
+def validation_of(model: TrainingModel, images: torch.Tensor) -> Validation:
+    """Three images in two batches of two: the fourth place is a repeat of the first image."""
     padded = torch.cat([images[2:], images[:1]])
     batches = [
         EvaluationBatch(images[:2], torch.tensor([True, True]), ["a", "b"]),
         EvaluationBatch(padded, torch.tensor([True, False]), ["c", "a"]),
     ]
-    before = model.vqrae.quantizer.code_counts.clone()
+    engine = PlainEngine(model)
     found = validate(engine, batches, lambda a, b: (a - b).abs().mean((1, 2, 3)), CPU)
+    assert engine.training
+    return found
+
+
+def test_validation_counts_each_image_once_and_leaves_the_code_counts_alone(one_rank):
+    model = TrainingModel(build_model(), build_model(seed=1).encoder)
+    images = images_of(0, 0, batch=3)
+    model.vqrae.quantizer.code_counts[3] = 7
+    before = model.vqrae.quantizer.code_counts.clone()
+    found = validation_of(model, images)
     assert torch.equal(model.vqrae.quantizer.code_counts, before)
     with torch.no_grad():
-        reconstruction = model.vqrae.eval()(images).reconstruction
-    expected = psnr(reconstruction, images).mean().item()
-    assert found.figures["validation/psnr"] == pytest.approx(expected)
-    assert found.figures["validation/lpips"] == pytest.approx(
-        (reconstruction - images).abs().mean().item(), rel=1e-5
+        output = model.eval()(images)
+    reconstruction, features = output.vqrae.reconstruction, output.vqrae.features_BND
+    teacher = output.teacher_features_BND
+    used, counts = output.vqrae.indices_Bhw.unique(return_counts=True)
+    share = counts / counts.sum()
+    cosine = (features * teacher).sum(2) / (features.norm(dim=2) * teacher.norm(dim=2))
+    expected = {
+        "psnr": psnr(reconstruction, images).mean(),
+        "baseline_psnr": psnr(mean_colour(images), images).mean(),
+        "ssim": ssim(reconstruction, images).mean(),
+        "lpips": (reconstruction - images).abs().mean(),
+        "teacher_cosine": cosine.mean(),
+        "teacher_l2": ((features - teacher) ** 2).mean(),
+        "usage": len(used) / 64,
+        "perplexity": (-(share * share.log()).sum()).exp(),
+    }
+    assert found.figures == pytest.approx(
+        {f"validation/{name}": float(value) for name, value in expected.items()}, rel=1e-5
     )
-    assert -1 < found.figures["validation/teacher_cosine"] < 0.99
     assert torch.equal(found.images_hat_B3HW, reconstruction[:2])
-    assert engine.training
+
+
+def test_a_frozen_encoder_is_the_first_one_and_without_a_teacher_nothing_is_known(one_rank):
+    images = images_of(0, 0, batch=3)
+    frozen = validation_of(TrainingModel(build_model(freeze_encoder=True)), images)
+    assert frozen.figures["validation/teacher_cosine"] == pytest.approx(1, abs=1e-6)
+    assert frozen.figures["validation/teacher_l2"] == 0
+    trained = validation_of(TrainingModel(build_model(freeze_encoder=False)), images)
+    assert trained.figures.keys() == frozen.figures.keys() - {
+        "validation/teacher_cosine",
+        "validation/teacher_l2",
+    }
 
 
 def test_calibration_centres_and_scales_the_features(one_rank):
@@ -102,6 +162,15 @@ def test_grid_shows_each_image_beside_its_versions(tmp_path):
     assert pixels.shape == (2 * (64 + 4) + 4, 2 * (64 + 4) + 4, 3)
     assert (pixels[10, 10] == [255, 0, 0]).all()
     assert (pixels[10, 90] == [0, 255, 255]).all()
+
+
+def test_error_map_is_grey_and_white_from_a_quarter_on():
+    images = torch.full((1, 3, 2, 2), 0.5)
+    images_hat = images.clone()
+    images_hat[0, 0, 0, 0] += 0.3  # of one channel: a tenth of the range on average
+    images_hat[0, :, 1, 1] -= 0.4
+    expected = torch.tensor([[ERROR_SCALE * 0.1, 0], [0, 1]]).expand(1, 3, 2, 2)
+    assert torch.allclose(error_map(images_hat, images), expected, atol=1e-6)
 
 
 def test_summary_of_a_run_and_of_an_unfinished_one(tmp_path):

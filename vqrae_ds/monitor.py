@@ -1,42 +1,37 @@
 """What a run shows: a line with the time left, `metrics.jsonl`, TensorBoard, and image grids.
 
 Between logged steps nothing is reduced and nothing is read back from the device. A logged step has
-one fused reduction: the means of all terms since the last one, and how often each code was used.
+one fused reduction: the terms since the last one, the norms of the gradients, how often each code
+was used, and what each rank measures for itself.
+
+Names are in groups: loss, codebook, gan, optim, perf, retention, validation.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
-import time
+import math
 from collections import deque
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from vqrae_ds.config import Run
 from vqrae_ds.evaluation.metrics import Validation
-from vqrae_ds.evaluation.report import image_grid, save_grid
-from vqrae_ds.evaluation.summary import METRICS_FILE
+from vqrae_ds.evaluation.report import error_map, image_grid, save_grid
+from vqrae_ds.log_line import log_line
 from vqrae_ds.models.quantizer import Quantizer, codebook_statistics
+from vqrae_ds.run_log import RunLog
+from vqrae_ds.term_sums import TermMean, TermSums, sum_over_ranks
+from vqrae_ds.throughput import RankFigures, Throughput
 
 logger = logging.getLogger(__name__)
 
-SHOWN = {
-    "loss/total": "loss",
-    "loss/reconstruction": "rec",
-    "loss/perceptual": "lpips",
-    "gan/discriminator": "D",
-    "codebook/usage": "usage",
-}
+CODES, GRADIENT = "codes", "gradient_"  # of the vectors in the reduction, beside the terms
 
 
 class CodeWindow:
@@ -58,15 +53,12 @@ class CodeWindow:
         return torch.stack(tuple(self._counts_K)).sum(0).double()
 
 
-class _Progress(NamedTuple):
-    time: float
-    step: int
-
-
 class Monitor:
     """Collects terms on every rank, writes on rank 0.
 
     What an earlier start logged after `step` is dropped: those steps come again.
+
+    `means` are those of the last logged step, by name, each with the number of finite values.
     """
 
     def __init__(self, run: Run, step: int) -> None:
@@ -74,105 +66,103 @@ class Monitor:
         self.run, self.folder = run, Path(config.run.output_dir)
         tokens_a_step = run.schedule.batch.global_batch * config.model.grid_side**2
         self.window = CodeWindow(config.monitor.usage_window_tokens, tokens_a_step)
-        self._sums: dict[str, Tensor] = {}
-        self._numbers: dict[str, int] = {}
-        self._last = _Progress(time.monotonic(), step)
-        self._paused_seconds = 0.0
-        self._writer = None
-        if dist.get_rank() == 0:
-            _drop_entries_after(self.folder / METRICS_FILE, step)
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self.means: dict[str, TermMean] = {}
+        self._terms, self._gradients = TermSums(), {}
+        self._throughput = Throughput(run, step)
+        self._log = RunLog(self.folder, step) if dist.get_rank() == 0 else None
 
-    def add(self, terms: dict[str, Tensor]) -> None:
-        """Add the detached terms of one micro batch; they stay on the device."""
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, 0) + value
-            self._numbers[name] = self._numbers.get(name, 0) + 1
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Add the detached terms of one micro batch; they stay on the device.
 
-    def log(self, step: int, samples: int, learning_rates: dict[str, float]) -> dict[str, float]:
-        """Reduce, reset and write what was added since the last call; every rank calls it."""
-        names = sorted(self._sums)
-        means = [self._sums[name].double() / self._numbers[name] for name in names]
-        fused = torch.cat([torch.stack(means), self.window.counts()])
-        dist.all_reduce(fused)
-        fused = fused.cpu()
-        values, counts_K = fused[: len(names)] / dist.get_world_size(), fused[len(names) :]
-        entry = dict(zip(names, values.tolist(), strict=True))
-        entry |= {f"codebook/{k}": v for k, v in codebook_statistics(counts_K)._asdict().items()}
+        All ranks add the same names. Values that are not finite are counted out.
+        """
+        self._terms.add(terms)
+
+    def add_gradients(self, squares: Mapping[str, Tensor]) -> None:
+        """Take this rank's sums of squares by part of the generator, before a logged step.
+
+        Over the ranks they add up to those of the whole gradient: each has its own share.
+        """
+        self._gradients = {part: square.detach() for part, square in squares.items()}
+
+    def log(
+        self,
+        step: int,
+        samples: int,
+        learning_rates: Mapping[str, float],
+        numbers: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Reduce, reset and write what was added since the last call; every rank calls it.
+
+        `numbers` are host values by name, the same on every rank. The entry is the same on all
+        ranks. What is not finite is not in it, and is counted in `optim/nonfinite_terms`.
+        """
+        counts_K = self.window.counts()
+        vectors = self._terms.vectors() | {CODES: counts_K}
+        vectors |= {GRADIENT + part: s.reshape(1) for part, s in self._gradients.items()}
+        own = self._throughput.of_this_rank(counts_K.device)
+        sums, own_WN = sum_over_ranks(vectors, own)
+        self.means = self._terms.means(sums)
+        norms = _gradient_norms({part: sums[GRADIENT + part] for part in self._gradients})
+        entry = _finite(self.means, norms | dict(numbers or {}))
+        codes = codebook_statistics(sums[CODES])._asdict()
+        entry |= {f"codebook/{name}": value for name, value in codes.items()}
         entry |= {f"optim/learning_rate_{part}": rate for part, rate in learning_rates.items()}
-        entry |= self._speed(step)
-        self._sums.clear()
-        self._numbers.clear()
-        self._write(step, {"samples": samples, **entry})
-        self._show(step, entry)
+        entry |= self._throughput.restart(step, RankFigures(*own_WN.amax(0).tolist()))
+        self._terms.clear()
+        self._gradients = {}
+        if self._log is not None:
+            histogram = {"codebook/histogram": usage_histogram(sums[CODES])}
+            self._log.write(step, {"samples": samples, **entry, **histogram})
+        logger.info(log_line(step, self.run.schedule.total_steps, entry))
         return entry
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """What happens inside does not count as training time."""
-        start = time.monotonic()
-        yield
-        self._paused_seconds += time.monotonic() - start
+        return self._throughput.paused()
+
+    def waiting_for_data(self) -> AbstractContextManager[None]:
+        """What happens inside is training time that the data costs."""
+        return self._throughput.waiting_for_data()
 
     def log_validation(self, step: int, validation: Validation) -> None:
-        """Write the figures and the grid originals | reconstructions."""
-        self._write(step, validation.figures)
-        if self._writer is not None:
+        """Write the figures and the grid original | reconstruction | error."""
+        if self._log is not None:
+            self._log.write(step, validation.figures)
             number = self.run.config.monitor.num_images
-            columns = [validation.images_B3HW[:number], validation.images_hat_B3HW[:number]]
-            grid_3HW = image_grid(columns)
-            self._writer.add_image("validation/reconstructions", grid_3HW, step)
+            images = validation.images_B3HW[:number]
+            images_hat = validation.images_hat_B3HW[:number]
+            grid_3HW = image_grid([images, images_hat, error_map(images_hat, images)])
+            self._log.write_image("validation/reconstructions", grid_3HW, step)
             save_grid(grid_3HW, self.folder / "samples" / f"step_{step:08d}.png")
         figures = "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in validation.figures.items())
         logger.info("validation after step %d: %s", step, figures)
 
     def close(self) -> None:
-        """Flush what TensorBoard holds back."""
-        if self._writer is not None:
-            self._writer.close()
-
-    def _speed(self, step: int) -> dict[str, float]:
-        now = time.monotonic()
-        steps = step - self._last.step
-        seconds = max(now - self._last.time - self._paused_seconds, 1e-9)
-        self._last, self._paused_seconds = _Progress(now, step), 0.0
-        batch = self.run.schedule.batch
-        speed = {
-            "perf/seconds_per_step": seconds / max(steps, 1),
-            "perf/images_per_second": steps * batch.global_batch / seconds,
-        }
-        if torch.cuda.is_available():
-            speed["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        return speed
-
-    def _write(self, step: int, entry: dict[str, float]) -> None:
-        if self._writer is None:
-            return
-        with open(self.folder / METRICS_FILE, "a") as file:
-            file.write(json.dumps({"step": step, **entry}) + "\n")
-        for name, value in entry.items():
-            self._writer.add_scalar(name, value, step)
-
-    def _show(self, step: int, entry: dict[str, float]) -> None:
-        total = self.run.schedule.total_steps
-        left = timedelta(seconds=round((total - step) * entry["perf/seconds_per_step"]))
-        shown = "  ".join(f"{short} {entry[k]:.4g}" for k, short in SHOWN.items() if k in entry)
-        speed = entry["perf/images_per_second"]
-        logger.info("step %d/%d  %s  %.1f img/s  %s left", step, total, shown, speed, left)
+        """Write what TensorBoard holds back."""
+        if self._log is not None:
+            self._log.close()
 
 
-def _drop_entries_after(path: Path, step: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the line that a kill cut short
-            continue
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")  # a kill in here must not lose the rest
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+def usage_histogram(counts_K: Tensor) -> list[int]:
+    """How many codes were used 0 times, once, 2-3 times, 4-7 times, ..., up to the most used."""
+    _, bucket_K = torch.frexp(counts_K.double())  # n = m * 2^bucket with m in [0.5, 1); 0 for 0
+    return torch.bincount(bucket_K.long()).tolist()
+
+
+def _finite(means: Mapping[str, TermMean], others: Mapping[str, float]) -> dict[str, float]:
+    """All values that are finite, and how many were not, if any."""
+    values = {name: mean.mean for name, mean in means.items() if mean.count} | others
+    num_nonfinite = sum(mean.num_nonfinite for mean in means.values())
+    num_nonfinite += sum(not math.isfinite(value) for value in values.values())
+    entry = {name: value for name, value in values.items() if math.isfinite(value)}
+    return entry | ({"optim/nonfinite_terms": num_nonfinite} if num_nonfinite else {})
+
+
+def _gradient_norms(squares: Mapping[str, Tensor]) -> dict[str, float]:
+    """The norm of each part's gradient and of all together, from sums of squares over all ranks."""
+    if not squares:
+        return {}
+    norms = {f"optim/gradient_norm_{part}": square.sqrt() for part, square in squares.items()}
+    norms["optim/gradient_norm_generator"] = torch.stack(tuple(squares.values())).sum().sqrt()
+    return {name: norm.item() for name, norm in norms.items()}

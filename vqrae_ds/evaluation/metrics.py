@@ -1,4 +1,7 @@
-"""Figures of single images, and their means over a validation set that is spread over ranks."""
+"""Figures of single images, and their means over a validation set that is spread over ranks.
+
+Shapes: B batch, H x W pixels, h x w grid of tokens, N = h*w tokens, D encoder width, K codes.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,14 @@ from torch import Tensor, nn
 
 from vqrae_ds.data.stream import EvaluationBatch
 from vqrae_ds.losses.distillation import feature_cosine
+from vqrae_ds.models.quantizer import codebook_statistics
+from vqrae_ds.models.training_model import TrainingOutput
+
+SSIM_WINDOW = 11  # px, with a Gaussian of 1.5 px
 
 
 class Validation(NamedTuple):
-    """Means over the set by name; the first images and their reconstructions, in [0, 1]."""
+    """Figures of the set by name; the first images and their reconstructions, in [0, 1]."""
 
     figures: dict[str, float]
     images_B3HW: Tensor
@@ -25,6 +32,31 @@ def psnr(images_hat_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image, (B,); images in [0, 1], infinite if equal."""
     error_B = (images_hat_B3HW.double() - images_B3HW.double()).square().mean((1, 2, 3))
     return -10 * error_B.log10()
+
+
+def ssim(images_hat_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
+    """Structural similarity of each image, (B,), 1 if equal; images in [0, 1] of any size.
+
+    Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004):
+    mean over the channels and over all places at which the window lies inside the image, as in the
+    authors' code. Raises `ValueError` for a side that is smaller than the window.
+    """
+    if min(images_B3HW.shape[2:]) < SSIM_WINDOW:
+        size = " x ".join(map(str, images_B3HW.shape[2:]))
+        raise ValueError(f"SSIM needs sides of {SSIM_WINDOW} px or more, got {size} px")
+    # Imported here, for it takes as long to import as torch.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _, similarity_B3HW = structural_similarity_index_measure(
+        images_hat_B3HW.double(),  # variances are small differences of squares
+        images_B3HW.double(),
+        data_range=1.0,
+        reduction="none",
+        return_full_image=True,
+    )
+    border = SSIM_WINDOW // 2  # the library mirrors the image there
+    inside_B3HW = similarity_B3HW[..., border:-border, border:-border]
+    return inside_B3HW.mean((1, 2, 3))
 
 
 def mean_colour(images_B3HW: Tensor) -> Tensor:
@@ -41,38 +73,61 @@ def validate(
 ) -> Validation:
     """One pass over the validation set; every rank calls it, with equally many batches.
 
-    Codes are counted for the training alone, so those of the pass are taken back.
+    Images that fill up a batch count for nothing. Codes are counted for the training alone, so
+    those of the pass are taken back.
     """
-    quantizer = engine.module.vqrae.quantizer
-    counts_before, first = quantizer.code_counts.clone(), None
+    vqrae = engine.module.vqrae
+    training_counts_K, first = vqrae.quantizer.code_counts.clone(), None
     engine.eval()
     sums: dict[str, Tensor] = {}
-    num_images = torch.zeros((), dtype=torch.float64, device=device)
+    num_images = torch.zeros(1, dtype=torch.float64, device=device)
+    counts_K = torch.zeros(vqrae.quantizer.num_embeddings, dtype=torch.float64, device=device)
     for batch in batches:
-        images = batch.images_B3HW.to(device)
+        images, is_real_B = batch.images_B3HW.to(device), batch.is_real_B.to(device)
         output = engine(images)
         images_hat = output.vqrae.reconstruction
-        first = first or (images, images_hat)
-        is_real_B = batch.is_real_B.to(device)  # the others fill up the batch and count for nothing
+        first = first or (images[is_real_B], images_hat[is_real_B])
         num_images += is_real_B.sum()
-        for name, value_B in _figures(output, images_hat, images, perceptual):
+        for name, value_B in _image_figures(images_hat, images, perceptual):
             sums[name] = sums.get(name, 0) + value_B[is_real_B].double().sum()
+        for name, value_B in _retention(output, vqrae.freeze_encoder):
+            sums[name] = sums.get(name, 0) + value_B[is_real_B].double().sum()
+        used = output.vqrae.indices_Bhw[is_real_B].flatten()
+        counts_K.index_add_(0, used, torch.ones_like(used, dtype=torch.float64))
     engine.train()
-    quantizer.code_counts.copy_(counts_before)
+    vqrae.quantizer.code_counts.copy_(training_counts_K)
     assert first is not None, "the validation set is empty"
-    totals = torch.stack([num_images, *sums.values()])
+    totals = torch.cat([num_images, torch.stack(tuple(sums.values())), counts_K])
     dist.all_reduce(totals)
-    means = (totals[1:] / totals[0]).tolist()
-    return Validation(dict(zip(sums, means, strict=True)), *first)
+    number, sums_M, counts_K = totals.split([1, len(sums), len(counts_K)])
+    figures = dict(zip(sums, (sums_M / number).tolist(), strict=True))
+    codes = codebook_statistics(counts_K)
+    figures |= {"validation/usage": codes.usage, "validation/perplexity": codes.perplexity}
+    return Validation(figures, *first)
 
 
-def _figures(
-    output: NamedTuple, images_hat: Tensor, images: Tensor, perceptual: Callable | None
+def _image_figures(
+    images_hat: Tensor, images: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
+    """Name and values (B,) of what compares images."""
     yield "validation/psnr", psnr(images_hat, images)
     yield "validation/baseline_psnr", psnr(mean_colour(images), images)
+    if min(images.shape[2:]) >= SSIM_WINDOW:
+        yield "validation/ssim", ssim(images_hat, images)
     if perceptual is not None:
         yield "validation/lpips", perceptual(images_hat, images)
-    if output.teacher_features_BND is not None:
-        cosine = feature_cosine(output.vqrae.features_BND, output.teacher_features_BND)
-        yield "validation/teacher_cosine", cosine
+
+
+def _retention(output: TrainingOutput, is_frozen: bool) -> Iterator[tuple[str, Tensor]]:
+    """Name and values (B,) of how much the features are still those of the first encoder.
+
+    In stage 1 the frozen encoder is the first one: its features are compared with themselves, which
+    is 1 and 0 unless they are not finite. In stage 2 without a teacher nothing is known.
+    """
+    features_BND, first_BND = output.vqrae.features_BND, output.teacher_features_BND
+    if first_BND is None and is_frozen:
+        first_BND = features_BND
+    if first_BND is not None:
+        yield "validation/teacher_cosine", feature_cosine(features_BND, first_BND)
+        difference_BND = features_BND.float() - first_BND.float()
+        yield "validation/teacher_l2", difference_BND.square().mean((1, 2))

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+ERROR_SCALE = 4.0  # an error of a quarter of the range is white
+
 
 def image_grid(columns: Sequence[Tensor], *, min_side: int = 0) -> Tensor:
     """One row an image, one column a version of it: (3, H, W) in [0, 1].
@@ -23,6 +25,16 @@ def image_grid(columns: Sequence[Tensor], *, min_side: int = 0) -> Tensor:
     factor = max(1, -(-min_side // side))
     images = F.interpolate(images, scale_factor=factor, mode="nearest")
     return make_grid(images, nrow=len(columns), padding=4, pad_value=1.0)
+
+
+def error_map(images_hat_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
+    """The absolute error of each pixel, mean over the channels: grey images (B, 3, H, W).
+
+    `ERROR_SCALE` times the error, clamped to [0, 1]. It is the same for all images, so that maps of
+    two steps can be compared.
+    """
+    error_B1HW = (images_hat_B3HW.float() - images_B3HW.float()).abs().mean(1, keepdim=True)
+    return (ERROR_SCALE * error_B1HW).clamp(0, 1).expand_as(images_B3HW)
 
 
 def save_grid(grid_3HW: Tensor, path: Path) -> None:

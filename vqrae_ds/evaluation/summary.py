@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
 
 class RunSummary(NamedTuple):
@@ -32,6 +33,7 @@ def summarize_run(folder: Path) -> RunSummary:
         "first_loss": training[0]["loss/reconstruction"],
         "last_loss": last["loss/reconstruction"],
         "val_psnr": validation["validation/psnr"],
+        "val_ssim": validation.get("validation/ssim"),
         "val_lpips": validation.get("validation/lpips"),
         "codebook_usage": last["codebook/usage"],
         "teacher_cosine": validation.get("validation/teacher_cosine"),
@@ -41,5 +43,9 @@ def summarize_run(folder: Path) -> RunSummary:
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """All entries of a run's `metrics.jsonl`, in order."""
-    return [json.loads(line) for line in (run_folder / METRICS_FILE).read_text().splitlines()]
+    """All entries of a run's `metrics.jsonl`, in order, without a line that a kill cut short."""
+    entries = []
+    for line in (run_folder / METRICS_FILE).read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
