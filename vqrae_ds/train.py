@@ -75,28 +75,28 @@ def train(run: Run, setup: Setup, watchdog: Watchdog) -> None:
     """
     from vqrae_ds import engines
     from vqrae_ds.monitor import Monitor
-    from vqrae_ds.profiler import ProfileWindow
+    from vqrae_ds.profiler import StepProfiler
 
     config, (sizes, total_steps) = run.config, run.schedule
     guard, state = setup.guard, setup.state
     if setup.ranks.rank == 0 and state.step < total_steps:
         record(run)
     monitor = Monitor(run, state.step)
-    profiler = ProfileWindow(run, state.step)
+    profiler = StepProfiler(run)
     while state.step < total_steps:
         watchdog.beat(f"step {state.step + 1}")
         is_logged = is_due(state.step + 1, config.monitor.log_every_steps, total_steps)
-        for micro in range(sizes.accumulation):
-            with monitor.waiting_for_data():
-                images = next(setup.batches).images_B3HW
-            images = images.to(setup.ranks.device, non_blocking=True)
-            is_measured = is_logged and micro == sizes.accumulation - 1
-            terms, squares = micro_step(setup, images, state.step, measure=is_measured)
-            monitor.add(terms)
-        finish_step(setup, state.step)
+        with profiler.step(state.step + 1):
+            for micro in range(sizes.accumulation):
+                with monitor.waiting_for_data():
+                    images = next(setup.batches).images_B3HW
+                images = images.to(setup.ranks.device, non_blocking=True)
+                is_measured = is_logged and micro == sizes.accumulation - 1
+                terms, squares = micro_step(setup, images, state.step, measure=is_measured)
+                monitor.add(terms)
+            finish_step(setup, state.step)
         monitor.window.add_step(setup.generator.module.vqrae.quantizer)
         state = state._replace(step=state.step + 1, samples=state.samples + sizes.global_batch)
-        profiler.step()
 
         if is_logged:
             monitor.add_gradients(squares)
@@ -114,6 +114,7 @@ def train(run: Run, setup: Setup, watchdog: Watchdog) -> None:
                 f"{guard.skipped_in_a_row} steps in a row were skipped, the last of them because "
                 f"{guard.reason()}. {folder} holds the weights of the last step that was taken"
             )
+    profiler.close()
     monitor.close()
     logger.info("done: %d steps, %s", state.step, config.run.output_dir)
     engines.stop()
