@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from vqrae_ds.config import ModelConfig, Run, read_run
+from vqrae_ds.config import GuardConfig, ModelConfig, Run, read_run
 from vqrae_ds.models.discriminator import PatchDiscriminator
 from vqrae_ds.models.vqrae import VQRAE
 
@@ -111,25 +111,36 @@ def make_run(
 
 def make_setup(run: Run, perceptual: nn.Module | None = None) -> Setup:
     """Engines and all that the trainer's own steps need, without data."""
-    from vqrae_ds.ema import WeightAverage
-
     from vqrae_ds import engines
-    from vqrae_ds.checkpoint import TrainState
-    from vqrae_ds.guard import Guard
+    from vqrae_ds.ema import WeightAverage
     from vqrae_ds.losses.objective import Objective
-    from vqrae_ds.preparation import Setup
 
     config = run.config
     generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
     module = discriminator and discriminator.module
+    objective = Objective(config.losses, perceptual, None, module, engines.mean_over_ranks)
+    setup = setup_of(generator, discriminator, objective, config.guard)
+    if config.ema is not None:
+        setup = setup._replace(ema=WeightAverage(generator, config.ema.decay))
+    return setup._replace(perceptual=perceptual)
+
+
+def setup_of(
+    generator: Any, discriminator: Any, objective: Any, guard: GuardConfig | None = None
+) -> Setup:
+    """What the trainer's own steps need, around engines that are there."""
+    from vqrae_ds.checkpoint import TrainState
+    from vqrae_ds.guard import Guard
+    from vqrae_ds.preparation import Setup
+
     return Setup(
         ranks=None,
         generator=generator,
         discriminator=discriminator,
-        objective=Objective(config.losses, perceptual, None, module, engines.mean_over_ranks),
-        perceptual=perceptual,
-        guard=Guard(config.guard),
-        ema=None if config.ema is None else WeightAverage(generator, config.ema.decay),
+        objective=objective,
+        perceptual=None,
+        guard=Guard(guard or GuardConfig()),
+        ema=None,
         batches=iter(()),
         validation_index=None,
         state=TrainState(),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import gathered, run_ranks
-from tests.tiny import DEEPSPEED, GAN, images_of, make_run, save_initial
+from tests.tiny import DEEPSPEED, GAN, images_of, make_run, make_setup, save_initial
 from vqrae_ds.config import Run, deepspeed_json
 
 pytestmark = pytest.mark.slow
@@ -61,17 +61,11 @@ MOMENTUM = {"optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}
 
 def steps_of(rank: int, run: Run) -> list[float]:
     """The total losses of a few steps of the trainer; they are the same program at every stage."""
-    from vqrae_ds import engines
-    from vqrae_ds.losses.objective import Objective
     from vqrae_ds.train import micro_step
 
-    generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
-    objective = Objective(
-        run.config.losses, None, None, discriminator.module, engines.mean_over_ranks
-    )
-    losses = []
+    setup, losses = make_setup(run), []
     for step in range(STEPS):
-        terms = micro_step(generator, discriminator, objective, images_of(step, rank), step)
+        terms, _ = micro_step(setup, images_of(step, rank), step)
         losses.append(terms["loss/total"].item())
     return losses
 

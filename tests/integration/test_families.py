@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from tests.distributed import gathered, run_ranks
 from tests.encoder_families import FAMILIES, model_config
-from tests.tiny import make_run
+from tests.tiny import make_run, make_setup
 from vqrae_ds import VQRAE
 from vqrae_ds.config import Run
 from vqrae_ds.losses.distillation import quantized_loss, teacher_loss
@@ -73,20 +73,17 @@ def images_of(name: str, step: int, rank: int) -> torch.Tensor:
 
 def train_all(rank: int, folder: Path) -> None:
     from vqrae_ds import engines
-    from vqrae_ds.losses.objective import Objective
     from vqrae_ds.train import micro_step
 
     for name in SETTINGS:
         runs = [make_setting(folder / name, name) if rank == 0 else None]
         torch.distributed.broadcast_object_list(runs, 0)
-        engine = engines.build_generator(runs[0])
-        objective = Objective(runs[0].config.losses, None, None, None, engines.mean_over_ranks)
-        losses = []
+        setup, losses = make_setup(runs[0]), []
         for step in range(STEPS):
-            terms = micro_step(engine, None, objective, images_of(name, step, rank), step)
+            terms, _ = micro_step(setup, images_of(name, step, rank), step)
             losses.append(engines.mean_over_ranks(terms["loss/total"].clone()).item())
-        with gathered(engine.module):
-            state = {n: t.clone() for n, t in engine.module.vqrae.state_dict().items()}
+        with gathered(setup.generator.module):
+            state = {n: t.clone() for n, t in setup.generator.module.vqrae.state_dict().items()}
         torch.save({"losses": losses, "state": state}, folder / name / f"rank{rank}.pt")
 
 

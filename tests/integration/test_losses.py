@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.distributed import run_ranks
-from tests.tiny import GAN, build_model, images_of, make_run
+from tests.tiny import GAN, build_model, images_of, make_run, make_setup, setup_of
 from vqrae_ds.config import Run
 from vqrae_ds.models.decoder import unpatchify
 from vqrae_ds.models.discriminator import BlurPoolDiscriminator
@@ -72,8 +72,9 @@ def train_everything(rank: int, folder: Path) -> None:
         reached = checkpoint.TrainState(SAVED_AFTER, 0)
         checkpoint.save(run, saved.generator, saved.discriminator, reached)
         resumed = Training(run, fill=False)
-        step = checkpoint.resume(checkpoint.find(run), resumed.generator, resumed.discriminator)
-        found[name]["resumed"] = resumed.steps(rank, step.step, STEPS)
+        newest = checkpoint.find(run)
+        state, *_ = checkpoint.resume(newest, resumed.generator, resumed.discriminator)
+        found[name]["resumed"] = resumed.steps(rank, state.step, STEPS)
         found[name]["resumed"]["state"] = resumed.state()
     found["teacher"] = retention_in_validation(rank, mine)
     torch.save(found, folder / f"found{rank}.pt")
@@ -81,17 +82,14 @@ def train_everything(rank: int, folder: Path) -> None:
 
 def retention_in_validation(rank: int, folder: Path) -> list[torch.Tensor | None]:
     """Teacher features in training, validation, training, validation, without a weight."""
-    from vqrae_ds import engines
-    from vqrae_ds.losses.objective import Objective
     from vqrae_ds.train import micro_step
 
     losses = {"perceptual": None, "distillation": {"teacher": {"weight": 0.0}}}
     run = make_run(folder, 2, losses=losses)
-    generator, images = engines.build_generator(run), images_of(0, rank)
-    objective = Objective(run.config.losses, None, None, None, engines.mean_over_ranks)
-    found = []
+    setup, images, found = make_setup(run), images_of(0, rank), []
+    generator = setup.generator
     for step in range(2):
-        terms = micro_step(generator, None, objective, images, step)
+        terms, _ = micro_step(setup, images, step)
         found.append(terms.get("retention/cosine"))
         generator.eval()
         with torch.no_grad():
@@ -118,6 +116,7 @@ class Training:
         self.objective = Objective(
             run.config.losses, None, None, self.discriminator.module, counted
         )
+        self.setup = setup_of(self.generator, self.discriminator, self.objective)
 
     def steps(self, rank: int, first: int, last: int) -> dict[str, Any]:
         """The terms of each micro step, and the averages of LeCam after it."""
@@ -128,7 +127,7 @@ class Training:
             for micro in range(ACCUMULATION):
                 self.reductions.append(0)
                 images = images_of(10 * step + micro, rank)
-                found = micro_step(self.generator, self.discriminator, self.objective, images, step)
+                found, _ = micro_step(self.setup, images, step)
                 terms.append({name: value.item() for name, value in found.items()})
                 averages.append(self.discriminator.module.averages.means_2.clone())
         self.reductions.append(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.tiny import ENCODER, build_model, images_of, make_run, save_initial
+from tests.tiny import ENCODER, build_model, images_of, make_run, save_initial, setup_of
 from vqrae_ds.config import Run
 
 pytestmark = pytest.mark.slow
@@ -55,10 +55,11 @@ def take_steps(engine, run: Run, rank: int, steps: range, batch: int = 2) -> lis
     from vqrae_ds.losses.objective import Objective
     from vqrae_ds.train import micro_step
 
-    objective = Objective(run.config.losses, None, None, engines.mean_over_ranks)
+    objective = Objective(run.config.losses, None, None, None, engines.mean_over_ranks)
     images = [images_of(step, rank, batch) for step in steps]
-    terms = [micro_step(engine, None, objective, x, s) for x, s in zip(images, steps, strict=True)]
-    return [term["loss/total"].item() for term in terms]
+    setup = setup_of(engine, None, objective)
+    taken = [micro_step(setup, x, s) for x, s in zip(images, steps, strict=True)]
+    return [step.terms["loss/total"].item() for step in taken]
 
 
 def run_variants(rank: int, folder: Path) -> None:
