@@ -215,7 +215,7 @@ def test_steps_equal_single_process(trained, lpips_weights, world_size, cell):
     )
     assert moved > 1e-4, "the steps must have moved the weights for this to prove anything"
     if cell.ema:
-        saved = ZeroCheckpoint(Path(ranks[0]["checkpoint"]) / "generator", ema=True)
+        saved = ZeroCheckpoint(Path(ranks[0]["checkpoint"]) / "generator", averages=True)
         averages = {name: saved.read(name) for name in plain.averages}
         assert relative_difference(averages, plain.averages) < 1e-6
         assert relative_difference(averages, plain.weights) > 1e-5, "an average is something else"
