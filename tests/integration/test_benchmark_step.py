@@ -37,9 +37,12 @@ def test_a_step_has_one_collective_more_at_most_and_waits_for_nothing(report, ca
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_loops_were_timed(report, case):
-    (row,) = (row for row in report.rows if row.metric == f"overhead_{case}")
+    rows = {row.metric: row for row in report.rows}
+    row = rows[f"overhead_{case}"]
     assert row.ours > 0 and row.peer > 0
     assert row.ratio == row.ours / row.peer
+    _, median, _ = report.details[case]["quartiles_of_paired_ratios"]
+    assert rows[f"overhead_paired_{case}"].ratio == pytest.approx(median, abs=1e-4)
     assert report.details[case]["pairs"] == PAIRS
 
 
@@ -60,7 +63,8 @@ def prepare_with_a_leak(run: Run) -> Setup:
 def test_what_is_planted_into_the_trainer_is_found(report):
     leaky = measure_step(Trainer(prepare_with_a_leak, train), ["stage2"], PAIRS)
     clean = {row.metric: row.ours for row in report.rows}
-    for row in leaky.rows[1:]:
-        assert row.ours == clean[row.metric] + 1, row.metric
+    for metric in ("extra_collectives_stage2", "extra_syncs_stage2"):
+        (row,) = (row for row in leaky.rows if row.metric == metric)
+        assert row.ours == clean[metric] + 1, metric
     more = leaky.details["stage2"]["more_in_ours_a_step"]
     assert any("test_benchmark_step.py" in call for call in more)
