@@ -57,7 +57,8 @@ def run_step(args: argparse.Namespace) -> Report:
     if args.pairs < 2:
         raise ValueError(f"--pairs {args.pairs} has no spread: 2 or more")
     from vqrae_ds.benchmarks.step import Trainer, measure_step
-    from vqrae_ds.train import prepare, train
+    from vqrae_ds.preparation import prepare
+    from vqrae_ds.train import train
 
     return measure_step(Trainer(prepare, train), args.cases, args.pairs)
 

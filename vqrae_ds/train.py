@@ -54,21 +54,19 @@ def main() -> None:
         return
     rank = int(os.environ.get("RANK", "0"))
     _configure_logging(rank)
-    guard = run.config.guard
-    stacks = Path(run.config.run.output_dir) / "stacks"
-    with Watchdog(guard.no_progress_seconds, stacks, rank) as watchdog:
-        try:
+    try:
+        with watchdog_of(run, rank):
             setup = prepare(run)
-        except USER_ERRORS as error:
-            logger.debug("the mistake was found here", exc_info=True)  # VQRAE_LOG_LEVEL=DEBUG
-            exit_with(error)
-        try:
-            train(run, setup, watchdog)
-        except TrainingStopped as stop:
-            exit_with(stop, silent=rank != 0, status=1)
+    except USER_ERRORS as error:
+        logger.debug("the mistake was found here", exc_info=True)  # VQRAE_LOG_LEVEL=DEBUG shows it
+        exit_with(error)
+    try:
+        train(run, setup)
+    except TrainingStopped as stop:
+        exit_with(stop, silent=rank != 0, status=1)
 
 
-def train(run: Run, setup: Setup, watchdog: Watchdog) -> None:
+def train(run: Run, setup: Setup) -> None:
     """The loop: from `setup.state` to the last step.
 
     Raises `TrainingStopped`, after a checkpoint, where too many steps in a row had to be skipped.
@@ -83,37 +81,41 @@ def train(run: Run, setup: Setup, watchdog: Watchdog) -> None:
         record(run)
     monitor = Monitor(run, state.step)
     profiler = StepProfiler(run)
-    while state.step < total_steps:
-        watchdog.beat(f"step {state.step + 1}")
-        is_logged = is_due(state.step + 1, config.monitor.log_every_steps, total_steps)
-        with profiler.step(state.step + 1):
-            for micro in range(sizes.accumulation):
-                with monitor.waiting_for_data():
-                    images = next(setup.batches).images_B3HW
-                images = images.to(setup.ranks.device, non_blocking=True)
-                is_measured = is_logged and micro == sizes.accumulation - 1
-                terms, squares = micro_step(setup, images, state.step, measure=is_measured)
-                monitor.add(terms)
-            finish_step(setup, state.step)
-        monitor.window.add_step(setup.generator.module.vqrae.quantizer)
-        state = state._replace(step=state.step + 1, samples=state.samples + sizes.global_batch)
+    with watchdog_of(run, setup.ranks.rank) as watchdog:
+        while state.step < total_steps:
+            watchdog.beat(f"step {state.step + 1}")
+            is_logged = is_due(state.step + 1, config.monitor.log_every_steps, total_steps)
+            with profiler.step(state.step + 1):
+                for micro in range(sizes.accumulation):
+                    with monitor.waiting_for_data():
+                        images = next(setup.batches).images_B3HW
+                    images = images.to(setup.ranks.device, non_blocking=True)
+                    is_measured = is_logged and micro == sizes.accumulation - 1
+                    terms, squares = micro_step(setup, images, state.step, measure=is_measured)
+                    monitor.add(terms)
+                finish_step(setup, state.step)
+            monitor.window.add_step(setup.generator.module.vqrae.quantizer)
+            state = state._replace(step=state.step + 1, samples=state.samples + sizes.global_batch)
 
-        if is_logged:
-            monitor.add_gradients(squares)
-            rates = engines.learning_rates(setup.generator, setup.discriminator)
-            guard.learn(monitor.log(state.step, state.samples, rates, _numbers(setup)))
-        with monitor.paused():
-            if is_due(state.step, config.monitor.validate_every_steps, total_steps):
-                watchdog.beat(f"the validation after step {state.step}")
-                _validate(run, setup, monitor, state.step)
-            if is_due(state.step, config.checkpoint.every_steps, total_steps) or guard.must_stop():
-                watchdog.beat(f"the checkpoint after step {state.step}")
-                folder = _save(run, setup, state)
-        if guard.must_stop():
-            raise TrainingStopped(
-                f"{guard.skipped_in_a_row} steps in a row were skipped, the last of them because "
-                f"{guard.reason()}. {folder} holds the weights of the last step that was taken"
-            )
+            if is_logged:
+                monitor.add_gradients(squares)
+                rates = engines.learning_rates(setup.generator, setup.discriminator)
+                guard.learn(monitor.log(state.step, state.samples, rates, _numbers(setup)))
+            with monitor.paused():
+                if is_due(state.step, config.monitor.validate_every_steps, total_steps):
+                    watchdog.beat(f"the validation after step {state.step}")
+                    _validate(run, setup, monitor, state.step)
+                if (
+                    is_due(state.step, config.checkpoint.every_steps, total_steps)
+                    or guard.must_stop()
+                ):
+                    watchdog.beat(f"the checkpoint after step {state.step}")
+                    folder = _save(run, setup, state)
+            if guard.must_stop():
+                raise TrainingStopped(
+                    f"{guard.skipped_in_a_row} steps in a row were skipped, the last of them because "
+                    f"{guard.reason()}. {folder} holds the weights of the last step that was taken"
+                )
     profiler.close()
     monitor.close()
     logger.info("done: %d steps, %s", state.step, config.run.output_dir)
@@ -156,6 +158,12 @@ def finish_step(setup: Setup, step: int) -> None:
     else:
         setup.guard.step_skipped(step + 1)
         set_learning_rates(setup.generator, setup.discriminator, setup.objective.config, step + 1)
+
+
+def watchdog_of(run: Run, rank: int) -> Watchdog:
+    """The watchdog of a rank, as a context."""
+    folder = Path(run.config.run.output_dir) / "stacks"
+    return Watchdog(run.config.guard.no_progress_seconds, folder, rank)
 
 
 def is_due(step: int, every: int, total: int) -> bool:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from vqrae_ds.benchmarks.step import CASES, Trainer, measure_step
 from vqrae_ds.benchmarks.table import Report
 from vqrae_ds.config import Run
-from vqrae_ds.train import Setup, prepare, train
+from vqrae_ds.preparation import Setup, prepare
+from vqrae_ds.train import train
 
 pytestmark = pytest.mark.slow
 

@@ -50,7 +50,7 @@ BARE = "bare DeepSpeed loop"
 class Trainer(NamedTuple):
     """The two functions of the entry point, which no module of the package imports.
 
-    What `prepare` makes is a `vqrae_ds.train.Setup`, and `train` takes it.
+    What `prepare` makes is a `vqrae_ds.preparation.Setup`, and `train` takes it.
     """
 
     prepare: Callable[[Run], Any]
