@@ -105,15 +105,13 @@ def train(run: Run, setup: Setup) -> None:
                 if is_due(state.step, config.monitor.validate_every_steps, total_steps):
                     watchdog.beat(f"the validation after step {state.step}")
                     _validate(run, setup, monitor, state.step)
-                if (
-                    is_due(state.step, config.checkpoint.every_steps, total_steps)
-                    or guard.must_stop()
-                ):
+                is_saved = is_due(state.step, config.checkpoint.every_steps, total_steps)
+                if is_saved or guard.must_stop():
                     watchdog.beat(f"the checkpoint after step {state.step}")
                     folder = _save(run, setup, state)
             if guard.must_stop():
                 raise TrainingStopped(
-                    f"{guard.skipped_in_a_row} steps in a row were skipped, the last of them because "
+                    f"{guard.skipped_in_a_row} steps in a row were skipped, the last: "
                     f"{guard.reason()}. {folder} holds the weights of the last step that was taken"
                 )
     profiler.close()
