@@ -33,7 +33,8 @@ def state_of(setup) -> dict[str, torch.Tensor]:
     from vqrae_ds.partitions import masters
 
     state = {f"master{i}": m.clone() for i, m in enumerate(masters(setup.generator))}
-    state |= {f"average{i}": m.clone() for i, m in enumerate(setup.ema.averages)}
+    averages = setup.ema.state_dict()["averages"]
+    state |= {f"average{i}": m.clone() for i, m in enumerate(averages)}
     return state | {n: p.clone() for n, p in setup.discriminator.module.named_parameters()}
 
 
