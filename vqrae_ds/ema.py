@@ -22,18 +22,20 @@ FILE_PATTERN = "ema_rank_*.pt"
 class WeightAverage:
     """average = decay * average + (1 - decay) * weight, from the weights at construction on.
 
-    `engine` is a DeepSpeed engine under ZeRO; the averages are in fp32 where its masters lie.
+    `engine` is a DeepSpeed engine under ZeRO. The averages lie where its masters do, in fp32 even
+    beside masters in bf16, which would lose what a step changes of them.
     """
 
     def __init__(self, engine: Any, decay: float) -> None:
         self.decay = decay
         self._engine = engine
-        self._averages = [master.clone() for master in masters(engine)]
+        self._averages = [m.to(torch.float32, copy=True) for m in masters(engine)]
 
     @torch.no_grad()
     def update(self) -> None:
         """Follow the weights; call it after each step that was taken, and after no other."""
-        torch._foreach_lerp_(self._averages, masters(self._engine), 1 - self.decay)
+        weights = [master.float() for master in masters(self._engine)]
+        torch._foreach_lerp_(self._averages, weights, 1 - self.decay)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """This rank's averages, in the order and lengths of `partitions.masters`; not copied."""

@@ -1,6 +1,6 @@
 """What this rank holds of the weights that a DeepSpeed ZeRO engine trains, and of their gradients.
 
-Under every ZeRO stage a rank steps its own share of the fp32 masters: a flat vector for each
+Under every ZeRO stage a rank steps its own share of the master weights: a flat vector for each
 parameter group, under stage 3 one or more of them (sub-groups). The names of DeepSpeed's attributes
 stand here alone. They are those of deepspeed 0.19: `runtime/zero/stage3.py`,
 `runtime/zero/stage_1_and_2.py`, and for ZeRO-1 in bf16 with gradients summed in fp32
@@ -16,10 +16,11 @@ from torch import Tensor
 
 
 def masters(engine: Any) -> list[Tensor]:
-    """The flat fp32 masters of this rank, without gradient, in memory that the engine steps.
+    """The flat masters of this rank, without gradient, in the memory that the engine steps.
 
-    Order and lengths are those in the rank's optimizer file of a checkpoint: `fp32_flat_groups`
-    under ZeRO-3, `single_partition_of_fp32_groups` under ZeRO-1 and 2.
+    In fp32, unless the JSON says `bf16_master_weights_and_grads`. Order and lengths are those in
+    the rank's optimizer file of a checkpoint: `fp32_flat_groups` under ZeRO-3,
+    `single_partition_of_fp32_groups` under ZeRO-1 and 2.
     """
     optimizer = engine.optimizer
     if _is_zero_3(optimizer):

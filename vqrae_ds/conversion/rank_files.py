@@ -80,14 +80,15 @@ def read_averages(checkpoint: Path, masters: list[Masters]) -> list[Masters]:
     averaged = []
     for rank, file in zip(masters, files, strict=True):
         flats = entry(load(file), AVERAGES, list, file)
-        if [_kind(flat) for flat in flats] != [_kind(flat) for flat in rank.flats]:
+        if [_shape(flat) for flat in flats] != [flat.shape for flat in rank.flats]:
             raise ValueError(f"{file} does not fit the optimizer's file of the same rank")
         averaged.append(rank._replace(flats=flats))
     return averaged
 
 
-def _kind(flat: Any) -> tuple[torch.Size, torch.dtype] | None:
-    return (flat.shape, flat.dtype) if isinstance(flat, torch.Tensor) else None
+def _shape(average: Any) -> torch.Size | None:
+    is_average = isinstance(average, torch.Tensor) and average.dtype == torch.float32
+    return average.shape if is_average else None
 
 
 def _check_complete(folder: Path, expected: list[Path], pattern: str, world_size: int) -> None:
