@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.tiny import DEEPSPEED, ENCODER, build_model, images_of, make_run, save_initial
+from tests.tiny import ENCODER, build_model, images_of, make_run, save_initial
 from vqrae_ds.config import Run
 
 pytestmark = pytest.mark.slow
