@@ -13,7 +13,8 @@ BF16_STATES = "deepspeed.bf16={enabled: true, bf16_master_weights_and_grads: tru
 PLAIN_LINEAR = "deepspeed.zero_optimization.memory_efficient_linear=false"
 STAGE_2 = ("stage=2", "-init", "init.model=.")
 
-REFUSED = [  # what is changed in valid files, and the whole refusal
+# What is changed in valid files, and the whole refusal.
+REFUSED: list[tuple[tuple[str, ...], str]] = [
     (
         ("memory.decoder_checkpointing=selective",),
         'memory.decoder_checkpointing = "selective" trains wrongly with ZeRO-3\'s own linear layer:'
@@ -93,7 +94,7 @@ def read(folder: Path, changes: tuple[str, ...]) -> None:
     read_run(*paths, world_size=4, check_paths=False)
 
 
-@pytest.mark.parametrize(("changes", "refusal"), REFUSED, ids=lambda v: v[0][:60] if v else "")
+@pytest.mark.parametrize(("changes", "refusal"), REFUSED, ids=[c[0][0][:60] for c in REFUSED])
 def test_refused_in_one_line(tmp_path: Path, changes: tuple[str, ...], refusal: str) -> None:
     with pytest.raises(ValueError) as raised:
         read(tmp_path, changes)

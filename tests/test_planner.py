@@ -146,6 +146,33 @@ def test_states_of_the_6b_on_8_gpus(stage: int, generator: float) -> None:
     assert f"{total} {generator}" in text and "does not fit" not in text
 
 
+def test_where_the_states_are_besides_the_gpus() -> None:
+    """At 6B, in stage 1: 5.5 G frozen, 5.5 G trained with 18 bytes each, on 64 GPUs of 8 a node."""
+    parts = parts_of(plan(run_of("internvit_6b/stage1", gpus=64)))
+    frozen, trained = parts["encoder"].count, parts["decoder"].count
+
+    def sizes(*overrides: str, gpus: int = 64) -> tuple[float, float]:
+        planned = plan(run_of("internvit_6b/stage1", *overrides, gpus=gpus))
+        found = dict(zip((p.name for p in planned.parts), state_bytes(planned, gpus), strict=True))
+        return found["encoder"], found["decoder"]
+
+    assert sizes() == pytest.approx((2 * frozen / 64, 18 * trained / 64))
+    resident = "memory.frozen_encoder=resident"
+    assert sizes(resident) == pytest.approx((2 * frozen, 18 * trained / 64))
+    hpz = "deepspeed.zero_optimization.zero_hpz_partition_size=8"
+    in_node = (2 * frozen / 8, 2 * trained / 8)
+    assert sizes(hpz) == pytest.approx(
+        (in_node[0] + 2 * frozen / 64, in_node[1] + 18 * trained / 64)
+    )
+    offload = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+    assert sizes(offload, gpus=2) == pytest.approx((frozen, trained))
+    teacher = plan(run_of("internvit_6b/stage2", resident)).parts[:2]
+    assert [(p.name, p.engine) for p in teacher] == [
+        ("encoder", "generator"),
+        ("teacher", "resident"),
+    ]
+
+
 def test_the_way_out_of_too_little_memory() -> None:
     planned = plan(run_of("internvit_6b/stage2", gpus=1))
     text = describe_plan(planned, 1, 24)
@@ -164,7 +191,9 @@ def test_the_batch_must_be_divided_by_the_gpus() -> None:
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
 MIXED = {"bf16": {"enabled": True}}
 SUMMED_IN_FP32 = {**MIXED, "data_types": {"grad_accum_dtype": "fp32"}}
-PRECISIONS = {"fp32": {}, "bf16": MIXED, "bf16_summed_in_fp32": SUMMED_IN_FP32}
+LOW = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+LOW["bf16"]["bf16_optimizer_states"] = True
+PRECISIONS = {"fp32": {}, "bf16": MIXED, "bf16_summed_in_fp32": SUMMED_IN_FP32, "bf16_states": LOW}
 SIDE, LAYERS, RANKS = 512, 4, 2
 SMALL_BUFFERS = {"reduce_bucket_size": 1e4, "allgather_bucket_size": 1e4}
 NOTHING_KEPT = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}

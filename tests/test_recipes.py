@@ -65,7 +65,7 @@ def commands(path: Path) -> list[Command]:
         plain = [word for word in words if "=" not in word]
         options = dict(zip(plain[::2], plain[1::2], strict=True))
         assert options.pop("--module") == "vqrae_ds.train"
-        ranks = int(options.pop("--num_gpus"))
+        ranks = int(options.pop("--num_nodes", 1)) * int(options.pop("--num_gpus"))
         config, deepspeed = Path(options.pop("--config")), Path(options.pop("--deepspeed_config"))
         assert not options, f"{path}: {options}"
         found.append(Command(config, deepspeed, ranks, tuple(overrides)))

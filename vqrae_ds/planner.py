@@ -4,8 +4,8 @@ The networks are built without values, so this needs no weights, no data, no GPU
 Not here yet: activations, buffers of the communication, time and cost.
 
 The bytes are those that DeepSpeed 0.19.8 keeps between two micro batches: ZeRO-3 divides everything
-over the GPUs, ZeRO-2 all but the parameters, ZeRO-1 all but parameters and gradients. It keeps fp32
-masters beside fp32 parameters too.
+over the GPUs, ZeRO-2 all but the parameters, ZeRO-1 all but parameters and gradients. It keeps
+masters beside parameters of the same dtype too. hpZ keeps a second partition of the parameters.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ DIVIDED = {  # by ZeRO stage
     3: "all of them and the frozen parameters",
 }
 
-Engine = Literal["generator", "discriminator", "none"]
+Engine = Literal["generator", "discriminator", "resident", "none"]
 
 
 class Part(NamedTuple):
-    """A row of the plan. What no engine holds is frozen, in fp32, and whole on every GPU."""
+    """A row of the plan. What no engine holds is frozen and whole on every GPU.
+
+    `resident` is the encoder in the generator's dtype, `none` is fp32.
+    """
 
     name: str
     count: int  # of parameters, or of values where they are buffers
@@ -79,6 +82,10 @@ def plan(run: Run) -> Plan:
     if distillation is not None and distillation.teacher.weight > 0:
         teacher = Part("teacher", parts[0].count, "frozen", "generator", "the encoder as it began")
         parts.insert(1, teacher)
+    if config.memory.frozen_encoder == "resident":
+        frozen = [part for part in parts[:2] if part.name in ("encoder", "teacher")][-1]
+        if frozen.kind == "frozen":
+            parts[parts.index(frozen)] = frozen._replace(engine="resident")
     if gan is not None and gan.weight > 0:
         with torch.device("meta"):
             discriminator = build_discriminator(gan)
@@ -205,27 +212,36 @@ def _zero_stage(deepspeed: Mapping[str, Any]) -> int:
 def _parameter_bytes(deepspeed: Mapping[str, Any], zero_stage: int) -> ParameterBytes:
     bf16 = get(deepspeed, "bf16.enabled") or False
     parameter = BF16 if bf16 else FP32
+    state = BF16 if get(deepspeed, "bf16.bf16_master_weights_and_grads") else FP32
     dtype = get(deepspeed, "data_types.grad_accum_dtype")
     gradient = {None: parameter, "bf16": BF16, "fp32": FP32}[dtype]
     if zero_stage == 1 and gradient > parameter:
         gradient += parameter  # DeepSpeed's optimizer for this pair keeps both
+    if get(deepspeed, "zero_optimization.offload_optimizer") is not None:
+        return ParameterBytes(parameter, 0, 0, 0)  # the rest is in the host's memory
     params = deepspeed["optimizer"]["params"]
     moments = 2 if deepspeed["optimizer"]["type"] == "AdamW" else params.get("momentum", 0) > 0
-    return ParameterBytes(parameter, gradient, FP32, moments * FP32)
+    return ParameterBytes(parameter, gradient, state, moments * state)
 
 
 def _bytes(part: Part, deepspeed: Mapping[str, Any], gpus: int) -> float:
     if part.engine == "none":
         return part.count * FP32
-    stage = 1 if part.engine == "discriminator" else _zero_stage(deepspeed)
+    if part.engine == "discriminator":  # as `engines.build_discriminator` configures it
+        enabled = get(deepspeed, "bf16.enabled") or False
+        changes = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": enabled}}
+        deepspeed = {**deepspeed, **changes}
+    stage = _zero_stage(deepspeed)
     size = _parameter_bytes(deepspeed, stage)
     whole, divided = size.parameter, 0
     if part.kind == "trained":
         whole, divided = size.parameter + size.gradient, size.master + size.optimizer
         if stage == 2:
             whole, divided = size.parameter, size.gradient + divided
-    if stage == 3:
-        whole, divided = 0, whole + divided
+    node = get(deepspeed, "zero_optimization.zero_hpz_partition_size") or 1
+    if stage == 3 and part.engine != "resident":
+        in_node = size.parameter / node if node > 1 else 0
+        whole, divided = in_node, whole + divided
     return part.count * (whole + divided / gpus)
 
 
@@ -234,7 +250,7 @@ def _describe_bytes(deepspeed: Mapping[str, Any]) -> str:
     parts = (
         f"{size.parameter} itself",
         f"{size.gradient} gradient",
-        f"{size.master} fp32 master",
+        f"{size.master} {'bf16' if size.master == BF16 else 'fp32'} master",
         f"{size.optimizer} {deepspeed['optimizer']['type']}",
     )
     return f"{' + '.join(parts)} = {sum(size)}, a frozen one {size.parameter}"

@@ -7,6 +7,7 @@ owner, so the model's code is the same. Its tensors are in no checkpoint of Deep
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
@@ -18,6 +19,8 @@ from vqrae_ds import first_weights
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.ranks import failing_together
 
+logger = logging.getLogger(__name__)
+
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 
 
@@ -28,21 +31,23 @@ def take_out(
     """Make the frozen encoder, or the teacher, whole on this rank and take it out of the tree.
 
     Inside `gather(parameters)` these are whole: all ranks call this together. The encoder has its
-    values by then; from here on it is in evaluation mode.
+    values by then, on rank 0 at least; from here on it is in evaluation mode.
     """
     if model.teacher is not None:
         owner, name = model, "teacher"
     elif model.vqrae.freeze_encoder:
         owner, name = model.vqrae, "encoder"
     else:
+        logger.warning("memory.frozen_encoder = resident has no effect: no encoder is frozen here")
         return
     encoder = getattr(owner, name)
     for module in encoder.modules():
         own = dict(module.named_parameters(recurse=False))
         with gather(list(own.values())):
-            whole = {name: p.data.to(device, dtype, copy=True) for name, p in own.items()}
-        for own_name, value in whole.items():
-            setattr(module, own_name, nn.Parameter(value, requires_grad=False))
+            whole = {key: p.data.to(device, dtype, copy=True) for key, p in own.items()}
+        for key, value in whole.items():
+            dist.broadcast(value, 0)  # below ZeRO-3 they are filled on rank 0 alone
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
     encoder.to(device).eval()  # the buffers, in their own dtypes
     delattr(owner, name)
     vars(owner)[name] = encoder  # what is assigned to a module would be in its tree again

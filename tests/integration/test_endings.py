@@ -14,9 +14,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.launching import command, environment, make_inputs, write_configs
-from vqrae_ds.conversion.consolidate import consolidate, find_step_folder
+from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.evaluation.summary import read_metrics
-from vqrae_ds.manifest import read_manifest
+from vqrae_ds.manifest import find_step_folder, read_manifest
 
 pytestmark = pytest.mark.slow
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import gathered, run_ranks
+from tests.integration.test_memory_keys import BF16_STATES, OFFLOAD
 from tests.tiny import DEEPSPEED, GAN, images_of, make_run, make_setup, save_initial
 from vqrae_ds.config import Run, deepspeed_json
 
@@ -20,9 +21,10 @@ pytestmark = pytest.mark.slow
 STEPS = 3
 LOSSES = {"perceptual": None, "adversarial": {"weight": 0.1, **GAN}}
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
-EVERY_KEY = {  # each key that config/deepspeed_json.py calls tested, `momentum` apart (it is SGD's)
+EVERY_KEY = {  # each key that config/deepspeed_schema.py calls tested, but those of OTHER_KEYS
     "gradient_clipping": 0.5,
     "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
     "bf16": {"enabled": True},
     "data_types": {"grad_accum_dtype": "fp32"},
     "optimizer": {
@@ -54,9 +56,15 @@ EVERY_KEY = {  # each key that config/deepspeed_json.py calls tested, `momentum`
         "stage3_param_persistence_threshold": 10,
         "stage3_max_live_parameters": 1e6,
         "stage3_max_reuse_distance": 1e6,
+        "memory_efficient_linear": False,
+        "zero_hpz_partition_size": 2,
+        **OFFLOAD,
     },
 }
-MOMENTUM = {"optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}}
+OTHER_KEYS = {  # those that do not go with all of the others
+    "momentum": {"optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}},
+    "bf16_states": {"optimizer": ADAMW, "bf16": {"enabled": True} | BF16_STATES},
+}
 
 
 def steps_of(rank: int, run: Run) -> list[float]:
@@ -70,14 +78,11 @@ def steps_of(rank: int, run: Run) -> list[float]:
     return losses
 
 
-def run_everything(rank: int, folder: Path) -> None:
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    from vqrae_ds import engines
-
+def run_variants(rank: int, folder: Path) -> None:
     variants = {f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in (1, 2)}
     variants |= {"zero3": {}, "bf16": {"bf16": {"enabled": True}}}
-    variants |= {"every_key": EVERY_KEY, "momentum": MOMENTUM}
+    variants |= OTHER_KEYS
+    variants["every_key"] = EVERY_KEY  # last: some of them hold for the rest of the process
     losses = {}
     for name, deepspeed in variants.items():
         mine = folder / f"rank{rank}"
@@ -85,6 +90,13 @@ def run_everything(rank: int, folder: Path) -> None:
         losses[name] = steps_of(rank, run)
     (folder / f"losses{rank}.json").write_text(json.dumps(losses))
 
+
+def run_first_weights(rank: int, folder: Path) -> None:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from vqrae_ds import engines
+
+    mine = folder / f"rank{rank}"
     run = make_run(mine, 1, losses=LOSSES, deepspeed={"bf16": {"enabled": True}})
     model = engines.build_generator(run).module
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -98,6 +110,8 @@ def run_everything(rank: int, folder: Path) -> None:
     with gathered(model):
         assert torch.equal(codebook, weights["quantizer.embedding.weight"].bfloat16())
 
+    check_buffers()
+
     untrained = {"init": {"model": None, "allow_untrained_encoder": True}}
     model = engines.build_generator(make_run(mine, 1, losses=LOSSES, **untrained)).module
     with gathered(model):
@@ -109,13 +123,33 @@ def run_everything(rank: int, folder: Path) -> None:
     torch.save(state, folder / f"drawn{rank}.pt")
 
 
+def check_buffers() -> None:
+    """Below ZeRO-3 it is DeepSpeed that casts a model built in fp32; buffers are not to be cast."""
+    import deepspeed
+
+    for stage in (1, 2):
+        model = torch.nn.Linear(4, 4)
+        model.register_buffer("kernel", torch.full((4,), 1 / 3))
+        config = {
+            **DEEPSPEED,
+            "bf16": {"enabled": True},
+            "optimizer": ADAMW,
+            "zero_optimization": {"stage": stage},
+        }
+        parameters = list(model.parameters())
+        deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+        assert model.weight.dtype == torch.bfloat16
+        assert torch.equal(model.kernel, torch.full((4,), 1 / 3))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
     for rank in range(2):
         (folder / f"rank{rank}").mkdir()
         save_initial(folder / f"rank{rank}" / "initial")
-    run_ranks(2, run_everything, folder)
+    run_ranks(2, run_first_weights, folder)
+    run_ranks(2, run_variants, folder)
     return folder
 
 
@@ -135,9 +169,11 @@ def test_bf16_follows_fp32(losses):
 
 
 def test_every_tested_key_runs(losses):
-    assert all(math.isfinite(loss) for loss in losses["every_key"] + losses["momentum"])
     used = set(deepspeed_json_names(copy.deepcopy(DEEPSPEED) | EVERY_KEY))
-    used |= set(deepspeed_json_names(MOMENTUM))
+    assert all(math.isfinite(loss) for loss in losses["every_key"])
+    for name, keys in OTHER_KEYS.items():
+        assert all(math.isfinite(loss) for loss in losses[name]), name
+        used |= set(deepspeed_json_names(keys))
     assert used == set(deepspeed_json.tested_names())
 
 

@@ -73,8 +73,8 @@ class Scheduler(Section):
 class Bf16(Section):
     """bfloat16 weights with fp32 masters, or with bfloat16 masters, gradients and moments.
 
-    The latter take 8 bytes a trained parameter where the former take 18, and lose every change of
-    a weight that is smaller than 1/256 of it.
+    The latter take 10 bytes a trained parameter where the former take 16, and lose every change of
+    a weight that is smaller than about 1/256 of it.
     """
 
     enabled: bool

@@ -1,0 +1,64 @@
+"""`run.deterministic`: two runs end with the same weights, bit for bit, and unset memory shows."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from tests.tiny import GAN, images_of, make_run, save_initial
+
+pytestmark = pytest.mark.slow
+
+LOSSES = {"perceptual": None, "adversarial": {"weight": 0.1, **GAN}}
+
+
+def train(rank: int, folder: Path, name: str) -> None:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from vqrae_ds import engines
+    from vqrae_ds.first_weights import uninitialized_is_nan
+    from vqrae_ds.losses.objective import Objective
+    from vqrae_ds.train import micro_step
+
+    engines.start(timedelta(minutes=1), deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+    bf16 = {"bf16": {"enabled": True}}
+    run = make_run(folder / f"rank{rank}", 2, losses=LOSSES, deepspeed=bf16)
+    generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
+    assert torch.get_deterministic_debug_mode() == 2, "the first weights left it as it was"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    with uninitialized_is_nan():
+        assert torch.empty(1000).isnan().all()
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2))
+
+    objective = Objective(run.config.losses, None, discriminator.module, engines.mean_over_ranks)
+    for step in range(3):
+        micro_step(generator, discriminator, objective, images_of(step, rank), step)
+    trainable = {n: p for n, p in generator.module.named_parameters() if p.requires_grad}
+    weights = {n: safe_get_full_fp32_param(p).clone() for n, p in trainable.items()}
+    weights |= {f"gan.{n}": p.detach() for n, p in discriminator.module.named_parameters()}
+    torch.save(weights, folder / f"{name}{rank}.pt")
+
+
+def test_two_runs_are_the_same(tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+        save_initial(tmp_path / f"rank{rank}" / "initial")
+    for name in ("first", "second"):
+        run_ranks(2, train, tmp_path, name)
+    for rank in range(2):
+        first, second = (torch.load(tmp_path / f"{n}{rank}.pt") for n in ("first", "second"))
+        for name, weight in first.items():
+            assert torch.equal(weight, second[name]), name
+
+
+def test_without_it_nothing_is_switched() -> None:
+    assert torch.get_deterministic_debug_mode() == 0
+    assert torch.utils.deterministic.fill_uninitialized_memory

@@ -1,0 +1,113 @@
+"""A resident encoder or teacher: the same steps as a sharded one, and nothing to gather."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import run_ranks
+from tests.integration.test_memory_keys import take_steps
+from tests.tiny import build_model, images_of, make_run, save_initial
+from vqrae_ds.config import Run
+
+pytestmark = pytest.mark.slow
+
+STEPS = 3
+PREFIXES = {1: "vqrae.encoder.", 2: "teacher."}
+
+
+def run_of(folder: Path, stage: int, where: str, **deepspeed) -> Run:
+    losses = {"perceptual": None, "adversarial": None}
+    return make_run(
+        folder, stage, losses=losses, memory={"frozen_encoder": where}, deepspeed=deepspeed
+    )
+
+
+def gathered_elements(engine, rank: int) -> int:
+    """Elements that this rank gathers in one forward pass."""
+    from deepspeed.comm import comm
+
+    gather, sizes = comm.cdb.all_gather_function, []
+
+    def counting_gather(*, output_tensor, **options):
+        sizes.append(output_tensor.numel())
+        return gather(output_tensor=output_tensor, **options)
+
+    comm.cdb.all_gather_function = counting_gather
+    try:
+        with torch.no_grad():
+            engine(images_of(0, rank))
+    finally:
+        comm.cdb.all_gather_function = gather
+    return sum(sizes)
+
+
+def run_stage(rank: int, folder: Path, stage: int) -> None:
+    from vqrae_ds import engines
+
+    run = run_of(folder, stage, "sharded")
+    sharded = engines.build_generator(run)
+    assert engines.resident_state(sharded) == {}
+    engines.load_resident(sharded, {})
+    gathered = gathered_elements(sharded, rank)
+    losses = take_steps(sharded, run, rank, range(STEPS))
+    names = [n for n in sharded.module.state_dict() if n.startswith(PREFIXES[stage])]
+
+    run = run_of(folder, stage, "resident")
+    engine = engines.build_generator(run)
+    state = engines.resident_state(engine)
+    assert list(state) == names and not set(names) & set(engine.module.state_dict())
+    encoder = build_model().encoder.state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, encoder[name.removeprefix(PREFIXES[stage])]), name
+    saved = gathered - gathered_elements(engine, rank)
+    assert saved == sum(tensor.numel() for tensor in state.values()), "each was gathered once"
+    assert saved < gathered, "the rest is sharded as before"
+    engine.train()
+    assert take_steps(engine, run, rank, range(STEPS)) == pytest.approx(losses, rel=1e-6)
+    resident = engine.module.vqrae.encoder if stage == 1 else engine.module.teacher
+    assert not resident.training and not any(p.requires_grad for p in resident.parameters())
+    check_loading(rank, run, state)
+
+
+def check_loading(rank: int, run: Run, state: dict[str, torch.Tensor]) -> None:
+    """The tensors of rank 0 arrive on every rank; what does not fit is refused on every rank."""
+    from vqrae_ds import engines
+
+    engine = engines.build_generator(run, fill=False)
+    empty = engines.resident_state(engine)
+    assert all(tensor.isnan().all() for tensor in empty.values())
+    engines.load_resident(engine, state if rank == 0 else {})
+    for name, tensor in engines.resident_state(engine).items():
+        assert torch.equal(tensor, state[name]), name
+    first, *rest = state
+    with pytest.raises(ValueError, match=f"{first} of the resident encoder has shape None"):
+        engines.load_resident(engine, {name: state[name] for name in rest})
+    with pytest.raises(ValueError, match="differs from the run that wrote the checkpoint: set it"):
+        engines.load_resident(engine, {})
+    with pytest.raises(AssertionError, match=f"no value was given to .*{first.split('.')[-1]}"):
+        engines.load_resident(engine, {**state, first: torch.full_like(state[first], torch.nan)})
+
+
+def run_everything(rank: int, folder: Path) -> None:
+    from vqrae_ds import engines
+
+    own = folder / f"rank{rank}"
+    for stage in (1, 2):
+        run_stage(rank, own, stage)
+    run = run_of(own, 1, "resident", bf16={"enabled": True}, zero_optimization={"stage": 2})
+    engine = engines.build_generator(run)
+    state = engines.resident_state(engine)
+    encoder = build_model().encoder.state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, encoder[name.removeprefix(PREFIXES[1])].bfloat16()), name
+    take_steps(engine, run, rank, range(1))
+
+
+def test_the_same_steps_and_nothing_gathered(tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+        save_initial(tmp_path / f"rank{rank}" / "initial")
+    run_ranks(2, run_everything, tmp_path)
