@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.tiny import GAN, images_of, make_run, save_initial
+from tests.tiny import GAN, images_of, make_run, make_setup, save_initial
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,6 @@ def train(rank: int, folder: Path, name: str) -> None:
 
     from vqrae_ds import engines
     from vqrae_ds.first_weights import uninitialized_is_nan
-    from vqrae_ds.losses.objective import Objective
     from vqrae_ds.train import micro_step
 
     engines.start(timedelta(minutes=1), deterministic=True)
@@ -30,7 +29,7 @@ def train(rank: int, folder: Path, name: str) -> None:
     assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
     bf16 = {"bf16": {"enabled": True}}
     run = make_run(folder / f"rank{rank}", 2, losses=LOSSES, deepspeed=bf16)
-    generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
+    setup = make_setup(run)
     assert torch.get_deterministic_debug_mode() == 2, "the first weights left it as it was"
     assert not torch.utils.deterministic.fill_uninitialized_memory
     with uninitialized_is_nan():
@@ -38,12 +37,11 @@ def train(rank: int, folder: Path, name: str) -> None:
     with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
         torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2))
 
-    objective = Objective(run.config.losses, None, discriminator.module, engines.mean_over_ranks)
     for step in range(3):
-        micro_step(generator, discriminator, objective, images_of(step, rank), step)
-    trainable = {n: p for n, p in generator.module.named_parameters() if p.requires_grad}
+        micro_step(setup, images_of(step, rank), step)
+    trainable = {n: p for n, p in setup.generator.module.named_parameters() if p.requires_grad}
     weights = {n: safe_get_full_fp32_param(p).clone() for n, p in trainable.items()}
-    weights |= {f"gan.{n}": p.detach() for n, p in discriminator.module.named_parameters()}
+    weights |= {f"gan.{n}": p.detach() for n, p in setup.discriminator.module.named_parameters()}
     torch.save(weights, folder / f"{name}{rank}.pt")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import run_ranks
-from tests.tiny import GAN, images_of, make_run, save_initial
+from tests.tiny import GAN, images_of, make_run, save_initial, setup_of
 from vqrae_ds.config import Run
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,10 @@ def take_steps(generator, discriminator, run: Run, rank: int, steps: range, kind
     from vqrae_ds.losses.objective import Objective
     from vqrae_ds.train import micro_step
 
-    objective = Objective(run.config.losses, None, discriminator.module, engines.mean_over_ranks)
+    objective = Objective(
+        run.config.losses, None, None, discriminator.module, engines.mean_over_ranks
+    )
+    setup = setup_of(generator, discriminator, objective)
     used: dict[str, float] = {}
     for engine in (generator, discriminator):
         record_rates(engine, used)
@@ -78,7 +81,7 @@ def take_steps(generator, discriminator, run: Run, rank: int, steps: range, kind
         used.clear()
         for micro in range(run.schedule.batch.accumulation):
             images = images_of(10 * step + micro, rank, 1)
-            micro_step(generator, discriminator, objective, images, step)
+            micro_step(setup, images, step)
         if step < FIRST_OF_DISCRIMINATOR:
             del want["discriminator"]
         assert used == pytest.approx(want), step
