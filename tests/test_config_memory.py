@@ -13,8 +13,7 @@ BF16_STATES = "deepspeed.bf16={enabled: true, bf16_master_weights_and_grads: tru
 PLAIN_LINEAR = "deepspeed.zero_optimization.memory_efficient_linear=false"
 STAGE_2 = ("stage=2", "-init", "init.model=.")
 
-# What is changed in valid files, and the whole refusal.
-REFUSED: list[tuple[tuple[str, ...], str]] = [
+REFUSED = [  # what is changed in valid files, and the whole refusal
     (
         ("memory.decoder_checkpointing=selective",),
         'memory.decoder_checkpointing = "selective" trains wrongly with ZeRO-3\'s own linear layer:'
