@@ -20,7 +20,7 @@ from vqrae_ds.manifest import find_step_folder, read_manifest
 
 pytestmark = pytest.mark.slow
 
-NO_PROGRESS = 10  # seconds
+NO_PROGRESS = 45  # seconds, more than a start takes on a busy machine
 LAUNCHER_GRACE = 60  # seconds in which the launcher must have ended what is left
 
 
