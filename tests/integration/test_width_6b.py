@@ -41,7 +41,8 @@ SMALLER = (
 class Measured(NamedTuple):
     """What one rank found: bytes above those before the engines, and what the step did."""
 
-    states: int  # after the step
+    tensors: int  # all that live after the step
+    settled: int  # of the process, after the step
     peak: int  # during the step
     loss: float
     moved: float  # largest change of a master
@@ -83,6 +84,13 @@ def settled_memory() -> int:
     return read_memory()["RssAnon"]
 
 
+def tensor_bytes() -> int:
+    """Bytes of the storages of all tensors of this process."""
+    tensors = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
 def take_a_step(rank: int, folder: Path, stage: int, lpips: Path) -> None:
     from vqrae_ds import checkpoint, engines, monitor  # noqa: F401
     from vqrae_ds.partitions import masters
@@ -101,12 +109,12 @@ def take_a_step(rank: int, folder: Path, stage: int, lpips: Path) -> None:
     with sampled_memory(peaks):
         terms, _ = micro_step(setup, images, 0)
         finish_step(setup, 0)
-    gc.collect()
-    moved = [
-        (a - b[:1000]).abs().max() for a, b in zip(first, masters(setup.generator), strict=True)
-    ]
+    settled = settled_memory() - before
+    now = [master[:1000] for master in masters(setup.generator)]
+    moved = [(a - b).abs().max() for a, b in zip(first, now, strict=True)]
     measured = Measured(
-        states=read_memory()["RssAnon"] - before,
+        tensors=tensor_bytes(),
+        settled=settled,
         peak=built + peaks["RssAnon"],
         loss=terms["loss/total"].item(),
         moved=max(moved).item(),
@@ -137,6 +145,7 @@ def test_one_step_at_full_width_in_the_memory_of_the_plan(folder, lpips_weights,
     states = sum(state_bytes(plan(run), RANKS))
     for rank in range(RANKS):
         found = Measured(**json.loads((folder / f"stage{stage}_rank{rank}.json").read_text()))
-        print(f"stage {stage} rank {rank}: plan {states / 1e9:.2f} GB, {found}")
+        print(f"stage {stage} rank {rank}: plan {states / 1e9:.3f} GB, {found}")
         assert math.isfinite(found.loss) and found.taken and found.moved > 0
-        assert found.states == pytest.approx(states, rel=0.05)
+        assert found.tensors == pytest.approx(states, rel=0.05)
+        assert found.settled == pytest.approx(states, rel=0.1)  # with what libraries keep
