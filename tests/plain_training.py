@@ -1,7 +1,7 @@
 """The reference of the exactness matrix: plain PyTorch in one process that sees all ranks' batches.
 
 Written out, with the textbook adaptive weight (`autograd.grad` at the head's weight). It shares
-with the trainer nothing but the model and the LPIPS distance.
+with the trainer nothing but the networks, `unpatchify` and the LPIPS distance.
 """
 
 from __future__ import annotations
@@ -118,9 +118,10 @@ def train_plainly(initial: Path, cell: Cell, world_size: int, lpips: Path) -> Tr
             batches = [
                 images_of(10 * step + micro, rank, MICRO_BATCH) for rank in range(world_size)
             ]
-            totals, hinges, terms = _losses(
-                cell, batches, model, teacher, discriminator, perceptual
-            )
+            if micro == 0:
+                adaptive = None  # the weight of the first micro batch is that of the step
+            networks = (model, teacher, discriminator, perceptual)
+            totals, hinges, terms, adaptive = _losses(cell, batches, adaptive, *networks)
             for rank, total in enumerate(totals):
                 whole = torch.autograd.grad(
                     total, list(trained.values()), allow_unused=True, materialize_grads=True
@@ -141,8 +142,11 @@ def train_plainly(initial: Path, cell: Cell, world_size: int, lpips: Path) -> Tr
     return Trained(losses, gradients, weights, averages, discriminator.state_dict())
 
 
-def _losses(cell, batches, model, teacher, discriminator, perceptual):
-    """Total loss of the generator, hinge loss of the discriminator, and named terms, by rank."""
+def _losses(cell, batches, adaptive, model, teacher, discriminator, perceptual):
+    """Total loss of the generator, hinge loss of the discriminator, and named terms, by rank.
+
+    And the adaptive weight, computed where none is given.
+    """
     outputs = [model(images) for images in batches]
     fakes = [unpatchify(output.patches_BhwP) for output in outputs]
     image_losses = [
@@ -151,7 +155,8 @@ def _losses(cell, batches, model, teacher, discriminator, perceptual):
         for fake, images in zip(fakes, batches, strict=True)
     ]
     adversarial = [-discriminator(fake).mean() for fake in fakes]
-    adaptive = _adaptive_weight(image_losses, adversarial, model.decoder.head.weight)
+    if adaptive is None:
+        adaptive = _adaptive_weight(image_losses, adversarial, model.decoder.head.weight)
     totals, hinges, terms = [], [], []
     for rank, (images, fake, output) in enumerate(zip(batches, fakes, outputs, strict=True)):
         total, named = image_losses[rank] + WEIGHTS["quantizer"] * output.vq_loss, {}
@@ -171,7 +176,7 @@ def _losses(cell, batches, model, teacher, discriminator, perceptual):
             total = total + DISTILLATION["teacher"] * kept
         totals.append(total)
         terms.append(named)
-    return totals, hinges, terms
+    return totals, hinges, terms, adaptive
 
 
 def _adaptive_weight(image_losses, adversarial, head_weight) -> Tensor:

@@ -142,6 +142,7 @@ def setup_of(
         guard=Guard(guard or GuardConfig()),
         ema=None,
         batches=iter(()),
+        num_samples=0,
         validation_index=None,
         state=TrainState(),
     )

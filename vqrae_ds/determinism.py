@@ -17,7 +17,8 @@ def make_deterministic() -> None:
 
     An operation without a deterministic version then raises `RuntimeError` with its name. On a GPU
     that is, among others, the gradient of bicubic interpolation: of the positions of an encoder
-    that trains at another size than its own, and of images that are resized for a loss.
+    that trains at another size than its own, and of images that are resized for a loss
+    (`losses.convnext`); and of the pooling of the `blur_pool` discriminator.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # of the two values that cuBLAS documents
     os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # read by the transformers library

@@ -34,8 +34,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Follow the weights; call it after each step that was taken, and after no other."""
-        weights = [master.float() for master in masters(self._engine)]
-        torch._foreach_lerp_(self._averages, weights, 1 - self.decay)
+        for average, master in zip(self._averages, masters(self._engine), strict=True):
+            average.lerp_(master.float(), 1 - self.decay)  # one by one: a cast needs memory
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """This rank's averages, in the order and lengths of `partitions.masters`; not copied."""

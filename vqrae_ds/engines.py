@@ -33,7 +33,7 @@ from vqrae_ds.models.discriminator import build_discriminator as new_discriminat
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.vqrae import VQRAE
-from vqrae_ds.parameter_groups import parameter_groups
+from vqrae_ds.parameter_groups import discriminator_groups, parameter_groups
 from vqrae_ds.ranks import failing_together
 
 
@@ -190,11 +190,9 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
     if fill:
         with failing_together():
             first_weights.load_discriminator(discriminator, run.config.init)
-        with failing_together():
-            first_weights.load_discriminator(discriminator, run.config.init)
     engine, *_ = deepspeed.initialize(
         model=discriminator,
-        model_parameters=list(discriminator.parameters()),
+        model_parameters=discriminator_groups(discriminator),
         config=deepspeed_config,
     )
     set_learning_rate(engine, 0)

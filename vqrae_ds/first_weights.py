@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vqrae_ds.config import TrainConfig
 from vqrae_ds.config.schema import InitConfig
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
-from vqrae_ds.manifest import MANIFEST_NAME
+from vqrae_ds.manifest import MANIFEST_NAME, read_manifest
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.weights import (
     StoredWeights,
@@ -201,9 +201,18 @@ def _load_discriminator_file(discriminator: nn.Module, path: Path) -> None:
 
 
 def _teacher_of_run(checkpoint: ZeroCheckpoint) -> dict[str, Source]:
-    """A stage-2 checkpoint holds the teacher; before that stage the encoder is the teacher."""
+    """A stage-2 checkpoint holds the teacher; before that stage the encoder is the teacher.
+
+    Raises `ValueError` for a stage 2 that had none: its encoder is not the first one any more.
+    """
     names = sorted(checkpoint.names())
     teacher = {n: Source(checkpoint, n) for n in names if n.startswith("teacher.")}
+    step_folder = checkpoint.folder.parent
+    if not teacher and read_manifest(step_folder).stage == 2:
+        raise ValueError(
+            f"init.from_run: {step_folder} was trained without a teacher, and its encoder is not "
+            "the first one any more: set losses.distillation to null, or start from stage 1"
+        )
     encoder = "vqrae.encoder."
     return teacher or {
         f"teacher.{n.removeprefix(encoder)}": Source(checkpoint, n)

@@ -2,7 +2,8 @@
 
 Nothing is reduced and nothing read back for it. A rank that finds a bad loss, on the device, turns
 its loss into NaN; DeepSpeed skips a step whose gradient is not finite on all ranks together, and
-the guard looks for the culprit only then.
+the guard looks for the culprit only then. The generator steps first: where the discriminator's own
+loss is unsound, only the discriminator's step is skipped.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class Guard:
         """Take over the means of a logged window, the same on every rank.
 
         Half the old mean and half the new, which counts for no more than a jump: one outlier does
-        not lift the limit for long, and a level that stays is accepted after a few windows.
+        not lift the limit for long. A new level that stays is accepted after a few windows, if the
+        run has not ended before: then it is for the user to raise `guard.spike_factor`.
         """
         for name in WATCHED.keys() & entry.keys():
             new = abs(entry[name])

@@ -36,3 +36,12 @@ def parameter_groups(
             group["weight_decay"] = 0.0
         built.append(group)
     return built
+
+
+def discriminator_groups(discriminator: nn.Module) -> list[dict[str, Any]]:
+    """Two groups with the rate of the JSON: norms and biases do not decay."""
+    parameters = list(discriminator.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vqrae_ds.config import LossConfig, Run
+from vqrae_ds.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from vqrae_ds.checkpoint import TrainState
@@ -38,13 +39,15 @@ class Setup(NamedTuple):
     guard: Guard
     ema: WeightAverage | None
     batches: Iterator[Batch]
+    num_samples: int  # of the training data
     validation_index: ShardIndex | None
     state: TrainState
 
 
-def prepare(run: Run) -> Setup:
+def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
     """Read the data's index, build the engines, and load what there is to go on from.
 
+    `watchdog` hears of each part that begins.
     Raises `ValueError` where something that the run needs is missing or does not fit.
     """
     # Imported here, so that a mistake in the configuration does not wait for torch.
@@ -55,6 +58,7 @@ def prepare(run: Run) -> Setup:
     from vqrae_ds.guard import Guard
 
     config = run.config
+    watchdog = watchdog or watchdog_of(run, rank=0)
     timeout = timedelta(minutes=config.run.collective_timeout_minutes)
     ranks = engines.start(timeout, config.run.deterministic)
     Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
@@ -67,21 +71,25 @@ def prepare(run: Run) -> Setup:
     validation = config.data.validation
     validation_index = None if validation is None else read_index(Path(validation))
 
+    watchdog.beat("the search for a checkpoint")
     folder = checkpoint.find(run)  # the first of the starting points of config.InitConfig
     if folder is None:
         run = checkpoint.resolve_start(run)
+    watchdog.beat("the building of the engines")
     generator = engines.build_generator(run, fill=folder is None)
     discriminator = engines.build_discriminator(run, fill=folder is None)
     ema = None if config.ema is None else WeightAverage(generator, config.ema.decay)
     state, extra = checkpoint.TrainState(), {}
     if folder is not None:
+        watchdog.beat(f"the loading of {folder}")
         state, extra, resident = checkpoint.resume(folder, generator, discriminator, ema)
-        if resident:
-            engines.load_resident(generator, resident)
+        engines.load_resident(generator, resident)
         first_weights.check_filled(generator.module)
         set_learning_rates(generator, discriminator, config.losses, state.step)
+        _check_same_data(extra, index, config.data.train)
     elif _needs_calibration(run):
         images = _training_batches(run, ranks, index, start=0)
+        images = watchdog.watching(images, "the calibration")
         calibrate(generator, images, config.run.calibration_images, ranks.device)
     objective, perceptual = _objective(run, ranks, discriminator)
     return Setup(
@@ -93,9 +101,16 @@ def prepare(run: Run) -> Setup:
         Guard(config.guard, extra.get("guard")),
         ema,
         _training_batches(run, ranks, index, start=state.samples),
+        index.num_samples,
         validation_index,
         state,
     )
+
+
+def watchdog_of(run: Run, rank: int) -> Watchdog:
+    """The watchdog of a rank; it watches as a context."""
+    folder = Path(run.config.run.output_dir) / "stacks"
+    return Watchdog(run.config.guard.no_progress_seconds, folder, rank)
 
 
 def set_learning_rates(
@@ -111,6 +126,16 @@ def set_learning_rates(
     if discriminator is not None:
         first = losses.adversarial.first_discriminator_step
         engines.set_learning_rate(discriminator, max(step - first, 0))
+
+
+def _check_same_data(extra: dict[str, Any], index: ShardIndex, path: str) -> None:
+    """A place in the stream means nothing in another data set."""
+    before = extra.get("num_samples", index.num_samples)
+    if before != index.num_samples:
+        raise ValueError(
+            f"data.train: {path} has {index.num_samples} samples, and the run went through a set "
+            f"of {before}: give that one, or start a new run with init.from_run"
+        )
 
 
 def _objective(

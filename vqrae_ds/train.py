@@ -14,20 +14,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vqrae_ds.command_line import USER_ERRORS, exit_with
 from vqrae_ds.config import Run, describe, parse_command_line
-from vqrae_ds.preparation import Setup, prepare, set_learning_rates
+from vqrae_ds.preparation import Setup, prepare, set_learning_rates, watchdog_of
 from vqrae_ds.run_folder import record
-from vqrae_ds.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vqrae_ds.checkpoint import TrainState
     from vqrae_ds.monitor import Monitor
+    from vqrae_ds.watchdog import Watchdog
 
 logger = logging.getLogger("vqrae_ds.train")
 
@@ -55,8 +56,8 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     _configure_logging(rank)
     try:
-        with watchdog_of(run, rank):
-            setup = prepare(run)
+        with watchdog_of(run, rank) as watchdog:
+            setup = prepare(run, watchdog)
     except USER_ERRORS as error:
         logger.debug("the mistake was found here", exc_info=True)  # VQRAE_LOG_LEVEL=DEBUG shows it
         exit_with(error)
@@ -79,10 +80,12 @@ def train(run: Run, setup: Setup) -> None:
     guard, state = setup.guard, setup.state
     if setup.ranks.rank == 0 and state.step < total_steps:
         record(run)
-    monitor = Monitor(run, state.step)
-    profiler = StepProfiler(run)
-    with watchdog_of(run, setup.ranks.rank) as watchdog:
-        while state.step < total_steps:
+    with (
+        watchdog_of(run, setup.ranks.rank) as watchdog,
+        closing(Monitor(run, state.step)) as monitor,
+        closing(StepProfiler(run)) as profiler,
+    ):
+        while state.step < total_steps and not guard.must_stop():
             watchdog.beat(f"step {state.step + 1}")
             is_logged = is_due(state.step + 1, config.monitor.log_every_steps, total_steps)
             with profiler.step(state.step + 1):
@@ -103,21 +106,18 @@ def train(run: Run, setup: Setup) -> None:
                 guard.learn(monitor.log(state.step, state.samples, rates, _numbers(setup)))
             with monitor.paused():
                 if is_due(state.step, config.monitor.validate_every_steps, total_steps):
-                    watchdog.beat(f"the validation after step {state.step}")
-                    _validate(run, setup, monitor, state.step)
+                    _validate(run, setup, monitor, watchdog, state.step)
                 is_saved = is_due(state.step, config.checkpoint.every_steps, total_steps)
                 if is_saved or guard.must_stop():
                     watchdog.beat(f"the checkpoint after step {state.step}")
                     folder = _save(run, setup, state)
-            if guard.must_stop():
-                raise TrainingStopped(
-                    f"{guard.skipped_in_a_row} steps in a row were skipped, the last: "
-                    f"{guard.reason()}. {folder} holds the weights of the last step that was taken"
-                )
-    profiler.close()
-    monitor.close()
+        engines.stop()
+    if guard.must_stop():
+        raise TrainingStopped(
+            f"{guard.skipped_in_a_row} steps in a row were skipped, the last: {guard.reason()}. "
+            f"{folder} holds the weights of the last step that was taken"
+        )
     logger.info("done: %d steps, %s", state.step, config.run.output_dir)
-    engines.stop()
 
 
 def micro_step(setup: Setup, images_B3HW: Tensor, step: int, *, measure: bool = False) -> MicroStep:
@@ -147,6 +147,7 @@ def micro_step(setup: Setup, images_B3HW: Tensor, step: int, *, measure: bool = 
 def finish_step(setup: Setup, step: int) -> None:
     """What follows the optimizers' steps, or that one of them, on all ranks alike, took none."""
     is_taken = setup.generator.was_step_applied()
+    setup.generator.module.vqrae.quantizer.finish_step(is_taken=is_taken)
     if is_taken and setup.ema is not None:
         setup.ema.update()
     if setup.objective.trains_discriminator(step):
@@ -154,14 +155,9 @@ def finish_step(setup: Setup, step: int) -> None:
     if is_taken:
         setup.guard.step_taken()
     else:
+        setup.objective.forget()
         setup.guard.step_skipped(step + 1)
         set_learning_rates(setup.generator, setup.discriminator, setup.objective.config, step + 1)
-
-
-def watchdog_of(run: Run, rank: int) -> Watchdog:
-    """The watchdog of a rank, as a context."""
-    folder = Path(run.config.run.output_dir) / "stacks"
-    return Watchdog(run.config.guard.no_progress_seconds, folder, rank)
 
 
 def is_due(step: int, every: int, total: int) -> bool:
@@ -169,7 +165,7 @@ def is_due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
+def _validate(run: Run, setup: Setup, monitor: Monitor, watchdog: Watchdog, step: int) -> None:
     from vqrae_ds.data.stream import evaluation_batches
     from vqrae_ds.evaluation.metrics import validate
 
@@ -182,6 +178,7 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
         rank=setup.ranks.rank,
         world_size=setup.ranks.world_size,
     )
+    batches = watchdog.watching(batches, f"the validation after step {step}")
     validation = validate(setup.generator, batches, setup.perceptual, setup.ranks.device)
     monitor.log_validation(step, validation)
 
@@ -196,7 +193,7 @@ def _save(run: Run, setup: Setup, state: TrainState) -> Path:
         setup.discriminator,
         state,
         ema=setup.ema,
-        extra={"guard": setup.guard.state()},
+        extra={"guard": setup.guard.state(), "num_samples": setup.num_samples},
         resident=engines.resident_state(setup.generator),
     )
 

@@ -12,17 +12,21 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 EXIT_STATUS = 3  # 1 is a failure, 2 a user's mistake
 
 
 class Watchdog:
-    """A thread that watches the others, as a context.
+    """A thread that watches the others.
 
-    After `seconds` without a call of `beat` it writes the stacks of all threads to stderr and to
-    `folder`/rank_00000.txt, and ends the process with `EXIT_STATUS`.
+    Inside the context, after `seconds` without a call of `beat`, it writes the stacks of all
+    threads to stderr and to `folder`/rank_00000.txt, and ends the process with `EXIT_STATUS`.
     """
 
     def __init__(self, seconds: float, folder: Path, rank: int) -> None:
@@ -43,6 +47,12 @@ class Watchdog:
     def beat(self, what: str) -> None:
         """Progress: `what` begins now."""
         self._what, self._since = what, time.monotonic()
+
+    def watching(self, items: Iterable[T], what: str) -> Iterator[T]:
+        """`items`, each of which is progress in `what`."""
+        for item in items:
+            self.beat(what)
+            yield item
 
     def _watch(self) -> None:
         while not self._ended.wait(min(self.seconds / 10, 5.0)):

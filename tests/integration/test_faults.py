@@ -25,6 +25,12 @@ ENGINES = {  # the guard builds on what each does with a gradient that is not fi
     "zero3_bf16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
     "zero2_bf16": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},
     "zero1": {"zero_optimization": {"stage": 1}},
+    "zero3_offload": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": False,
+    },
+    "zero3_x2": {"train_batch_size": 8},  # two micro batches a step, the first of them is bad
+    "moving_codes": {},  # the codebook of moving averages learns in the forward pass
 }
 
 
@@ -35,7 +41,10 @@ def state_of(setup) -> dict[str, torch.Tensor]:
     state = {f"master{i}": m.clone() for i, m in enumerate(masters(setup.generator))}
     averages = setup.ema.state_dict()["averages"]
     state |= {f"average{i}": m.clone() for i, m in enumerate(averages)}
-    return state | {n: p.clone() for n, p in setup.discriminator.module.named_parameters()}
+    codes = dict(setup.generator.module.vqrae.quantizer.named_buffers())  # averages or none
+    del codes["code_counts"]
+    stored = setup.discriminator.module.state_dict() | codes  # the averages of LeCam too
+    return state | {n: t.clone() for n, t in stored.items()}
 
 
 def take(setup, images: torch.Tensor, step: int) -> bool:
@@ -44,6 +53,8 @@ def take(setup, images: torch.Tensor, step: int) -> bool:
 
     before = setup.guard.skipped_steps
     terms, _ = micro_step(setup, images, step)
+    for _ in range(setup.generator.gradient_accumulation_steps() - 1):
+        terms, _ = micro_step(setup, images_of(100 + step, 0), step)
     finish_step(setup, step)
     if setup.guard.skipped_steps == before:
         setup.guard.learn({name: value.item() for name, value in terms.items()})
@@ -52,22 +63,25 @@ def take(setup, images: torch.Tensor, step: int) -> bool:
 
 def break_things(rank: int, folder: Path, lpips: Path) -> None:
     for name, deepspeed in ENGINES.items():
-        report = break_engine(rank, folder / f"rank{rank}", deepspeed, lpips)
+        model = {"use_simvq": name != "moving_codes"}
+        report = break_engine(rank, folder / f"rank{rank}", deepspeed, model, lpips)
         (folder / f"{name}{rank}.json").write_text(json.dumps(report))
 
 
-def break_engine(rank: int, folder: Path, deepspeed: dict, lpips: Path) -> dict:
+def break_engine(rank: int, folder: Path, deepspeed: dict, model: dict, lpips: Path) -> dict:
     from vqrae_ds import engines
 
     losses = {
         "perceptual": {"weight": 0.1, "weights": str(lpips)},
-        "adversarial": {"weight": 0.1, **GAN},
+        "adversarial": {"weight": 0.1, "lecam_weight": 0.01, **GAN},
     }
     run = make_run(
         folder,
         1,
         losses=losses,
         deepspeed={"optimizer": ADAMW, "scheduler": SCHEDULE, **deepspeed},
+        model=model,
+        init={"model": None, "allow_untrained_encoder": True},
         ema={"decay": 0.9},
         guard={"max_skipped_steps": 2},
     )
@@ -76,6 +90,7 @@ def break_engine(rank: int, folder: Path, deepspeed: dict, lpips: Path) -> dict:
 
     def attempt(what: str, images: torch.Tensor) -> None:
         nonlocal step
+        setup.objective.settle()  # what waits from the step before belongs to that one
         before = state_of(setup)
         taken = take(setup, images, step)
         after = state_of(setup)

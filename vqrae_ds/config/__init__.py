@@ -9,13 +9,19 @@ from vqrae_ds.config.encoder import choose_encoder
 from vqrae_ds.config.losses import AdversarialConfig, DistillationConfig, LossConfig
 from vqrae_ds.config.model import DecoderConfig, ModelConfig, resolve_model
 from vqrae_ds.config.reading import Run, Schedule, check_same_model, describe, read_run
-from vqrae_ds.config.schema import GuardConfig, LearningRateMultiplierConfig, TrainConfig
+from vqrae_ds.config.schema import (
+    GuardConfig,
+    InitConfig,
+    LearningRateMultiplierConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "AdversarialConfig",
     "DecoderConfig",
     "DistillationConfig",
     "GuardConfig",
+    "InitConfig",
     "LearningRateMultiplierConfig",
     "LossConfig",
     "ModelConfig",

@@ -14,7 +14,8 @@ from vqrae_ds.config.reading import Run
 from vqrae_ds.config.schema import TrainConfig
 
 # They change where things lie, what is shown, when a run gives up, or what is computed twice and
-# sent when; no number beyond rounding.
+# sent when; no number beyond rounding, with one exception: what is measured by micro batch (the
+# adaptive weight, the moving averages of codes) depends on its size, as on the number of ranks.
 MAY_DIFFER = frozenset(
     {
         # Places.

@@ -138,8 +138,9 @@ class MemoryConfig(Section):
 class GuardConfig(Section):
     """When a step is not taken, and when a run ends by itself.
 
-    A step in which any loss of any rank is not finite, or in which reconstruction, perceptual or
-    adversarial loss is more than `spike_factor` times its running mean, is skipped on all ranks.
+    A step in which any loss of any rank is not finite, or in which reconstruction, perceptual,
+    adversarial or discriminator loss is more than `spike_factor` times its running mean, is skipped
+    on all ranks.
     """
 
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0  # null: off

@@ -26,7 +26,7 @@ class LeCam:
 
     def __init__(self, averages: LogitAverages) -> None:
         self.averages = averages
-        self._forget()
+        self.forget()
 
     def term(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """How far logits lie beyond the average of the other side, squared, mean over logits."""
@@ -54,8 +54,9 @@ class LeCam:
     def take_in(self, means_2: Tensor) -> None:
         """Move the averages by what waited, reduced to its mean over ranks."""
         self.averages.update(means_2)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop what waits."""
         self._sum_2: Tensor | None = None
         self._num_batches, self._step = 0, None

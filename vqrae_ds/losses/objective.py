@@ -5,8 +5,8 @@ engine then runs one backward of a surrogate with the same gradient. So no loss 
 engine's output, each image loss is differentiated once, and the adaptive weight comes from
 gradients that are there anyway.
 
-A micro step reduces over the ranks once at most, four numbers: two for the adaptive weight, and the
-mean logits of the step before for LeCam.
+A step reduces over the ranks once at most, four numbers: two for the adaptive weight, which is that
+of the first micro batch, and the mean logits of the step before for LeCam.
 
 Shapes: B batch, H x W pixels, h x w grid of patches, P values a patch, N = h*w tokens, D width of
 the decoder.
@@ -70,6 +70,7 @@ class Objective:
         self.config, self.perceptual, self.convnext = config, perceptual, convnext
         self.discriminator, self.mean_over_ranks = discriminator, mean_over_ranks
         self._lecam = None
+        self._adaptive_of_step: tuple[int, Tensor] | None = None
         if discriminator is not None and discriminator.averages is not None:
             self._lecam = LeCam(discriminator.averages)
 
@@ -129,6 +130,11 @@ class Objective:
         """
         self._reduce(None, None)
 
+    def forget(self) -> None:
+        """Drop what waits for the next step: the step was not taken, on all ranks alike."""
+        if self._lecam is not None:
+            self._lecam.forget()
+
     def trains_discriminator(self, step: int) -> bool:
         """Whether the discriminator takes a step at `step`."""
         gan = self.config.adversarial
@@ -170,12 +176,14 @@ class Objective:
         terms["loss/adversarial"] = loss.detach()
         weight = self.config.adversarial.weight
         if self.config.adversarial.adaptive:
-            squares_2 = adversarial.head_gradient_squares(
-                image_grad_BhwP.flatten(1, 2), grad_BhwP.flatten(1, 2), hidden_BND
-            )
-            adaptive = adversarial.adaptive_weight(self._reduce(squares_2, step))
-            terms["gan/adaptive_weight"] = adaptive
-            weight = weight * adaptive
+            if self._adaptive_of_step is None or self._adaptive_of_step[0] != step:
+                squares_2 = adversarial.head_gradient_squares(
+                    image_grad_BhwP.flatten(1, 2), grad_BhwP.flatten(1, 2), hidden_BND
+                )
+                adaptive = adversarial.adaptive_weight(self._reduce(squares_2, step))
+                self._adaptive_of_step = (step, adaptive)
+            terms["gan/adaptive_weight"] = self._adaptive_of_step[1]
+            weight = weight * self._adaptive_of_step[1]
         return weight * loss.detach(), weight * grad_BhwP
 
     def _reduce(self, squares_2: Tensor | None, step: int | None) -> Tensor | None:

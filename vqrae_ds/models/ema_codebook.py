@@ -53,6 +53,7 @@ class EMACodebook(Quantizer):
             ) from error
         self.commitment_cost = commitment_cost
         self._is_synchronised = _has_peers()
+        self._before_step: dict[str, Tensor] | None = None
         self.vq = VectorQuantize(
             dim=embedding_dim,
             codebook_size=num_embeddings,
@@ -77,14 +78,18 @@ class EMACodebook(Quantizer):
         """
         quantized = super().quantize(z_BND)
         if self.training:
-            # A value that is not finite would stay in the averages of all ranks for ever: its token
-            # teaches the code that it found nothing. The loss tells of it.
-            is_finite_BN1 = z_BND.detach().isfinite().all(-1, keepdim=True)
-            taught_BND = torch.where(
-                is_finite_BN1, z_BND.detach(), quantized.code_BND.to(z_BND.dtype)
-            )
-            self._learn(taught_BND, quantized.indices_BN)
+            if self._before_step is None:
+                self._before_step = {n: b.clone() for n, b in self.vq._codebook.named_buffers()}
+            self._learn(z_BND.detach(), quantized.indices_BN)
         return quantized
+
+    @torch.no_grad()
+    def finish_step(self, *, is_taken: bool) -> None:
+        """As in the base class: the codes learn in the forward pass, so they are put back."""
+        if self._before_step is not None and not is_taken:
+            for name, buffer in self.vq._codebook.named_buffers():
+                buffer.copy_(self._before_step[name])
+        self._before_step = None
 
     def resets(self) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
         """As in the base class: the module that holds the codes has no method of its own for it."""

@@ -125,6 +125,9 @@ class Quantizer(nn.Module):
         self.code_counts.index_add_(0, found, torch.ones_like(found))
         return indices_BN
 
+    def finish_step(self, *, is_taken: bool) -> None:
+        """A training step has ended; one that is not taken must leave no trace in the codes."""
+
     def check_finite(self, z_BND: Tensor) -> None:
         """Raise `ValueError` where a value is not finite. Reads back from the device."""
         is_bad_BND = ~z_BND.isfinite()
