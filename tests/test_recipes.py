@@ -205,13 +205,15 @@ def test_the_batch_of_one_gpu_scales_the_learning_rate() -> None:
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name != "tiny"], ids=str)
 def test_the_numbers_of_a_header(path: Path) -> None:
     """Tokens and model states are those that the planner computes for the header's commands."""
-    from vqrae_ds.planning import GB, plan, state_bytes
+    from vqrae_ds.planning import GB, peak_bytes, plan, state_bytes
 
     text = header(path).replace("\n", " ")
     (tokens,) = {int(found) for found in re.findall(r"(\d+) tokens an image", text)}
     states = re.findall(r"Model states: ([\d.]+) GB a GPU on (\d+) GPUs?", text)
     own = [command for command in commands(path) if command.config == path]
     assert len(states) == len(own)
+    for size in re.findall(r"([\d.]+) GB in all: predicted", text):  # of the last command
+        assert f"{peak_bytes(plan(resolve(own[-1])), own[-1].ranks).total / GB:.1f}" == size
     for (size, gpus), command in zip(states, own, strict=True):
         run = resolve(command)
         assert run.config.model.grid_side**2 == tokens and command.ranks == int(gpus)
@@ -220,7 +222,7 @@ def test_the_numbers_of_a_header(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if "TFLOP an" in header(p)], ids=str)
 def test_the_work_that_a_header_quotes(path: Path) -> None:
-    """TFLOP an image to the digit shown; hours to half of their last digit, within 2 %."""
+    """TFLOP an image and the hours of a million images to the digit shown, totals within 2 %."""
     text = header(path).replace("\n", " ")
     run = resolve(commands(path)[0])
     tflop = flops_per_image(run) / 1e12

@@ -149,7 +149,9 @@ def details_of_peak(plan: Plan, gpus: int) -> list[Row]:
 def gathered_a_micro_step(plan: Plan, gpus: int) -> str:
     """Bytes of a frozen encoder or teacher that a GPU gathers in each micro step, in words."""
     frozen = [p for p in plan.parts if p.name in ("encoder", "teacher") and p.kind == "frozen"]
-    if not frozen or zero_stage(plan.run.deepspeed) != 3:
+    if zero_stage(plan.run.deepspeed) != 3:
+        return "gathered in a micro step: nothing, weights are whole below ZeRO-3"
+    if not frozen:
         return "gathered in a micro step: nothing frozen"
     part, start = frozen[0], f"gathered in a micro step for the frozen {frozen[0].name}: "
     if part.engine == "resident":
