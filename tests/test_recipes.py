@@ -17,6 +17,7 @@ from vqrae_ds.config import Run, TrainConfig, read_run, resolve_model
 from vqrae_ds.config.checking import check
 from vqrae_ds.config.deepspeed_json import batch_arithmetic, check_keys
 from vqrae_ds.config.files import BASE, read_json, read_recipe
+from vqrae_ds.flops import flops_per_image
 
 FOLDER = Path("ds_configs")
 RECIPES = sorted(p.relative_to(ROOT) for p in (ROOT / FOLDER).rglob("*.yaml"))
@@ -204,14 +205,41 @@ def test_the_batch_of_one_gpu_scales_the_learning_rate() -> None:
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name != "tiny"], ids=str)
 def test_the_numbers_of_a_header(path: Path) -> None:
     """Tokens and model states are those that the planner computes for the header's commands."""
-    from vqrae_ds.planner import GB, plan, state_bytes
+    from vqrae_ds.planning import GB, peak_bytes, plan, state_bytes
 
     text = header(path).replace("\n", " ")
     (tokens,) = {int(found) for found in re.findall(r"(\d+) tokens an image", text)}
     states = re.findall(r"Model states: ([\d.]+) GB a GPU on (\d+) GPUs?", text)
     own = [command for command in commands(path) if command.config == path]
     assert len(states) == len(own)
+    for size in re.findall(r"([\d.]+) GB in all: predicted", text):  # of the last command
+        assert f"{peak_bytes(plan(resolve(own[-1])), own[-1].ranks).total / GB:.1f}" == size
     for (size, gpus), command in zip(states, own, strict=True):
         run = resolve(command)
         assert run.config.model.grid_side**2 == tokens and command.ranks == int(gpus)
         assert f"{sum(state_bytes(plan(run), command.ranks)) / GB:.1f}" == size
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if "TFLOP an" in header(p)], ids=str)
+def test_the_work_that_a_header_quotes(path: Path) -> None:
+    """TFLOP an image and the hours of a million images to the digit shown, totals within 2 %."""
+    text = header(path).replace("\n", " ")
+    run = resolve(commands(path)[0])
+    tflop = flops_per_image(run) / 1e12
+    (quoted,) = re.findall(r"([\d.]+) TFLOP an image", text)
+    digits = len(quoted.partition(".")[2])
+    assert f"{tflop:.{digits}f}" == quoted
+    hours = tflop * 1e6 / (0.40 * 989) / 3600  # a million images on the GPU that headers name
+    rates = re.findall(r"([\d.]+) hours a million", text)
+    totals = re.findall(r"([\d.]+) M images, .* image: ([\d,]+) hours", text)
+    totals += re.findall(r"([\d.]+) million images: ([\d.]+) hours", text)
+    assert rates or totals
+    for rate in rates:
+        assert f"{hours:.{len(rate.partition('.')[2])}f}" == rate
+    for millions, total in totals:
+        assert float(total.replace(",", "")) == pytest.approx(hours * float(millions), rel=0.02)
+
+
+def test_every_quoted_work_is_checked() -> None:
+    for path in RECIPES:
+        assert header(path).count("TFLOP ") == header(path).count("TFLOP an image"), path

@@ -54,7 +54,7 @@ def main() -> None:
         check_paths=False,
     )
     # Imported here, so that a mistake in the files does not wait for torch.
-    from vqrae_ds.planner import describe_plan, plan
+    from vqrae_ds.planning import describe_plan, plan
 
     print(describe_plan(plan(run), args.gpus, args.gpu_memory))
 

@@ -1,0 +1,254 @@
+"""The plan's activations against what small networks really keep."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.models import convnext_small
+
+from tests.conftest import ROOT
+from tests.test_planner import run_of
+from vqrae_ds.config import AdversarialConfig, ModelConfig, resolve_model
+from vqrae_ds.losses.perceptual import PerceptualLoss
+from vqrae_ds.models.decoder import Decoder
+from vqrae_ds.models.discriminator import build_discriminator
+from vqrae_ds.models.encoders import build_encoder
+from vqrae_ds.models.simvq import SimVQ
+from vqrae_ds.planning import plan
+from vqrae_ds.planning.activations import (
+    decoder_block,
+    encoder_block,
+    head_bytes,
+    search_bytes,
+)
+from vqrae_ds.planning.blocks import backward_bytes, forward_bytes, kept_bytes
+from vqrae_ds.planning.image_networks import (
+    convnext_bytes,
+    discriminator_bytes,
+    lpips_bytes,
+    lpips_kept_bytes,
+)
+
+IMAGES = 2
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+POLICIES = pytest.mark.parametrize("policy", ["none", "full", "selective"])
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of the storages that operations make inside and that are still alive.
+
+    Selective checkpointing keeps its tensors where saved_tensors_hooks does not see them, so that
+    storages are followed until they are freed. Parameters are made outside.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self._sizes: dict[int, int] = {}
+        self.live, self.peak = 0, 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes and storage.data_ptr() not in self._given:
+            self._sizes[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def given(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers(), *inputs]
+
+
+def saved_bytes(function: Callable[[], Any], known: Iterable[Tensor]) -> int:
+    """Unique storages that autograd saves, by its own hooks."""
+    seen, outside = {}, {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in outside:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive = function()
+    del alive
+    return sum(seen.values())
+
+
+def model_of(norm_type: str = "layer_norm", *, qk_norm: bool = False, **shape: Any) -> ModelConfig:
+    encoder = {
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 256,
+        "image_size": 48,
+        "patch_size": 8,
+        "norm_type": norm_type,
+        "use_qk_norm": qk_norm,
+    }
+    family = shape.pop("encoder_cls", "InternViT")
+    return resolve_model(ModelConfig(encoder_cls=family, encoder_config={**encoder, **shape}))
+
+
+def free_gradients(module: nn.Module) -> None:
+    """As ZeRO does, once they are in the bucket."""
+
+    def free(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(free)
+
+
+@DTYPES
+@POLICIES
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
+@pytest.mark.parametrize("norm_type", ["layer_norm", "rms_norm"])
+def test_what_the_decoder_keeps(
+    norm_type: str, qk_norm: bool, policy: str, dtype: torch.dtype
+) -> None:
+    """Attention takes PyTorch's flash kernel of CPUs, which keeps no matrix of tokens x tokens."""
+    config = model_of(norm_type, qk_norm=qk_norm)
+    decoder = Decoder(config.decoder, config.grid_side, config.patch_size, policy).to(dtype)
+    free_gradients(decoder)
+    x_BND = torch.randn(IMAGES, config.grid_side**2, 96, dtype=dtype, requires_grad=True)
+    with Storages(given(decoder, x_BND)) as storages:
+        output = decoder(x_BND, config.grid_side, config.grid_side)
+        kept = storages.live
+        storages.peak = 0
+        output.patches_BhwP.backward(torch.ones_like(output.patches_BhwP))
+    block = decoder_block(config, IMAGES, dtype.itemsize, on_gpu=False)
+    head = head_bytes(config, IMAGES, dtype.itemsize, on_gpu=False)
+    planned = config.decoder.num_layers * kept_bytes(block, policy) + head
+    assert kept == pytest.approx(planned, rel=0.05)
+    assert storages.peak == pytest.approx(planned + backward_bytes(block, policy), rel=0.2)
+
+
+@DTYPES
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_the_hooks_of_autograd_agree(policy: str, dtype: torch.dtype) -> None:
+    config = model_of()
+    decoder = Decoder(config.decoder, config.grid_side, config.patch_size, policy).to(dtype)
+    x_BND = torch.randn(IMAGES, config.grid_side**2, 96, dtype=dtype, requires_grad=True)
+    side = config.grid_side
+    saved = saved_bytes(lambda: decoder(x_BND, side, side), given(decoder, x_BND))
+    block = decoder_block(config, IMAGES, dtype.itemsize)
+    patches = block.tokens * 3 * config.patch_size**2 * dtype.itemsize  # made, and not saved
+    head = head_bytes(config, IMAGES, dtype.itemsize) - patches
+    planned = config.decoder.num_layers * kept_bytes(block, policy) + head
+    assert saved == pytest.approx(planned, rel=0.05)
+
+
+@DTYPES
+@POLICIES
+@pytest.mark.parametrize(
+    ("norm_type", "qk_norm", "shape"),
+    [
+        ("rms_norm", True, {}),
+        ("layer_norm", False, {}),
+        ("layer_norm", False, {"encoder_cls": "SigLIP", "model_type": "siglip_vision_model"}),
+        ("layer_norm", False, {"encoder_cls": "DINOv2", "model_type": "dinov2", "mlp_ratio": 3}),
+    ],
+    ids=["internvit_6b", "internvit_300m", "siglip", "dinov2"],
+)
+def test_what_a_trained_encoder_keeps(
+    norm_type: str, qk_norm: bool, shape: dict, policy: str, dtype: torch.dtype
+) -> None:
+    """A block's bytes: the difference of one block more."""
+    kept = []
+    for depth in (1, 3):
+        config = model_of(norm_type, qk_norm=qk_norm, num_hidden_layers=depth, **shape)
+        encoder = build_encoder(config).to(dtype)
+        encoder.set_checkpointing(policy)
+        images = torch.rand(IMAGES, 3, 48, 48)
+        with Storages(given(encoder, images)) as storages:
+            features = encoder(images)
+            kept.append(storages.live)
+        del features
+    block = encoder_block(config, IMAGES, dtype.itemsize)
+    assert (kept[1] - kept[0]) / 2 == pytest.approx(kept_bytes(block, policy), rel=0.05)
+
+
+@torch.no_grad()
+def test_a_frozen_encoder_needs_one_block() -> None:
+    config = model_of("rms_norm", qk_norm=True)
+    encoder, images = build_encoder(config), torch.rand(IMAGES, 3, 48, 48)
+    with Storages(given(encoder, images)) as storages:
+        encoder(images)
+    pixels = images.numel() * 4  # with the input statistics applied
+    planned = forward_bytes(encoder_block(config, IMAGES, 4)) + pixels
+    assert storages.peak == pytest.approx(planned, rel=0.05)
+
+
+@DTYPES
+@pytest.mark.parametrize("num_layers", [2, 3])
+@pytest.mark.parametrize("kind", ["patch", "blur_pool"])
+def test_what_a_discriminator_keeps(kind: str, num_layers: int, dtype: torch.dtype) -> None:
+    config = AdversarialConfig(discriminator=kind, channels=32, num_layers=num_layers)
+    module = build_discriminator(config).to(dtype)
+    images = torch.rand(IMAGES, 3, 64, 64, requires_grad=True)
+    with Storages(given(module)) as storages:
+        logits = module(images)
+        kept = storages.live
+    del logits
+    assert kept == pytest.approx(discriminator_bytes(config, IMAGES, 64, dtype.itemsize), rel=0.1)
+
+
+def test_what_lpips_keeps(lpips_weights: Path) -> None:
+    lpips = PerceptualLoss(lpips_weights)
+    fake, real = torch.rand(IMAGES, 3, 64, 64, requires_grad=True), torch.rand(IMAGES, 3, 64, 64)
+    with Storages(given(lpips)) as storages:
+        distance = lpips(fake, real)
+        kept = storages.live
+    assert kept == pytest.approx(lpips_kept_bytes(IMAGES, 64), rel=0.05)
+    assert storages.peak == pytest.approx(lpips_bytes(IMAGES, 64), rel=0.05)
+    del distance
+
+
+def test_what_convnext_keeps() -> None:
+    network = convnext_small().requires_grad_(False).eval()
+    image = torch.rand(1, 3, 224, 224, requires_grad=True)
+    with Storages(given(network)) as storages:
+        logits = network(image)
+        kept = storages.live
+    del logits
+    assert kept == pytest.approx(convnext_bytes(1), rel=0.05)
+    planned = plan(run_of("internvit_300m/paper_stage1", deepspeed="paper_stage1_zero3"))
+    (part,) = (part for part in planned.parts if part.name == "ConvNeXt-S")
+    assert part.count == sum(parameter.numel() for parameter in network.parameters())
+
+
+@DTYPES
+def test_what_the_search_of_codes_needs(dtype: torch.dtype) -> None:
+    config = model_of().model_copy(update={"num_embeddings": 8192, "embedding_dim": 96})
+    quantizer = SimVQ(8192, 96).to(dtype)
+    z_BND = torch.randn(IMAGES, config.grid_side**2, 96, dtype=dtype)
+    with Storages(given(quantizer, z_BND)) as storages:
+        quantizer.find_codes(z_BND)
+    assert storages.peak == pytest.approx(search_bytes(config, IMAGES, dtype.itemsize), rel=0.1)

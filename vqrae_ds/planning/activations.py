@@ -1,0 +1,173 @@
+"""Activations of a micro step on one GPU, part by part, and the most of them at once.
+
+T tokens of the micro batch, D width of the encoder, E of the codes, P values a patch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vqrae_ds.config import ModelConfig, Run
+from vqrae_ds.ops.nearest_code import TILE_CODES, TILE_TOKENS
+from vqrae_ds.planning.blocks import (
+    FP32,
+    Block,
+    backward_bytes,
+    forward_bytes,
+    kept_bytes,
+    norm_bytes,
+)
+from vqrae_ds.planning.image_networks import convnext_bytes, discriminator_bytes, lpips_bytes
+
+BF16 = 2
+
+
+class Activations(NamedTuple):
+    """Bytes by part.
+
+    Those `kept` live together until the generator's backward pass; of `passing` one at a time comes
+    on top; `after` is the discriminator's own step, when the generator keeps nothing.
+    """
+
+    kept: dict[str, float]
+    passing: dict[str, float]
+    after: float
+
+    @property
+    def most(self) -> float:
+        """The peak: all that is kept and the largest of what passes, or what comes after."""
+        return max(sum(self.kept.values()) + max(self.passing.values()), self.after)
+
+
+def activations(run: Run) -> Activations:
+    """The activations of a micro batch of `run` on a GPU.
+
+    The image losses come after the whole forward pass and are freed before the generator's
+    backward pass. The discriminator's own step comes last, of real and reconstructed images
+    at once.
+    """
+    config, model, memory = run.config, run.config.model, run.config.memory
+    images, size = run.schedule.batch.micro_batch, value_size(run)
+    encoder, decoder = encoder_block(model, images, size), decoder_block(model, images, size)
+    distillation = config.losses.distillation
+    kept, passing = {}, {}
+    backward = [backward_bytes(decoder, memory.decoder_checkpointing)]
+    if config.stage == 2:
+        each = kept_bytes(encoder, memory.encoder_checkpointing)
+        kept["encoder"] = model.feature_layer * each
+        backward.append(backward_bytes(encoder, memory.encoder_checkpointing))
+    if config.stage == 1 or (distillation is not None and distillation.teacher.weight > 0):
+        passing["frozen encoder, forward"] = forward_bytes(encoder)
+    each = kept_bytes(decoder, memory.decoder_checkpointing)
+    kept["decoder"] = model.decoder.num_layers * each + head_bytes(model, images, size)
+    kept["features, codes, pixels"] = _between(run, images, size)
+    passing["nearest codes"] = search_bytes(model, images, size)
+    passing["backward of a block"] = max(backward)
+    passing |= _image_losses(run, images, size)
+    return Activations(kept, passing, 2 * passing.get("discriminator", 0.0))
+
+
+def value_size(run: Run) -> int:
+    """Bytes of a value in the generator: 2 in bf16, else 4."""
+    return BF16 if run.deepspeed.get("bf16", {}).get("enabled", False) else FP32
+
+
+def decoder_block(model: ModelConfig, images: int, size: int, *, on_gpu: bool = True) -> Block:
+    """The shape of a block of models/decoder.py for a micro batch of `images`."""
+    decoder = model.decoder
+    norm = "kernel" if on_gpu or decoder.norm_type == "layer_norm" else "steps"
+    qk_norm = "kernel" if on_gpu else "steps"
+    return Block(
+        tokens=images * model.grid_side**2,
+        width=decoder.hidden_size,
+        heads=decoder.num_heads,
+        mlp_products=decoder.intermediate_size,
+        mlp_others=decoder.intermediate_size,
+        norm=norm,
+        qk_norm=qk_norm if decoder.use_qk_norm else None,
+        layer_scale=True,
+        one_qkv=True,
+        size=size,
+    )
+
+
+def encoder_block(model: ModelConfig, images: int, size: int) -> Block:
+    """The shape of a block of the transformers library's encoder.
+
+    Queries, keys and values are three products there, and SigLIP has no LayerScale. Each image has
+    a class token, and DINOv2 registers as well.
+    """
+    shape, raw = model.encoder_shape, model.encoder_config
+    extra = 0 if shape.model_type == "siglip_vision_model" else 1
+    if shape.model_type == "dinov2_with_registers":
+        extra += raw.get("num_register_tokens", 4)
+    products = others = shape.intermediate_size
+    if raw.get("use_swiglu_ffn"):  # two halves of one product; then SiLU of one, and their product
+        inner = (shape.intermediate_size * 2 // 3 + 7) // 8 * 8
+        products = others = 2 * inner
+    return Block(
+        tokens=images * (model.grid_side**2 + extra),
+        width=shape.hidden_size,
+        heads=shape.num_attention_heads,
+        mlp_products=products,
+        mlp_others=others,
+        norm="library" if shape.norm_type == "rms_norm" else "kernel",
+        qk_norm="library" if shape.use_qk_norm else None,
+        layer_scale=shape.model_type != "siglip_vision_model",
+        one_qkv=False,
+        size=size,
+    )
+
+
+def head_bytes(model: ModelConfig, images: int, size: int, *, on_gpu: bool = True) -> float:
+    """What the decoder keeps behind its blocks: input and output of its norm, and the patches."""
+    block = decoder_block(model, images, size, on_gpu=on_gpu)
+    from_norm = norm_bytes(block, block.norm)
+    return from_norm + block.tokens * 3 * model.output_patch_size**2 * size
+
+
+def search_bytes(model: ModelConfig, images: int, size: int) -> float:
+    """The search of the nearest codes, ops/nearest_code.py, tile by tile and without gradient.
+
+    SimVQ takes all frozen codes out of the table and projects them; the projected ones stay. While
+    the next tile of codes is made, in fp32, moved, and from bf16 a copy more, codes and scores of
+    the last one are still there; so are two of scores, while the next are made.
+    """
+    codes, width = model.num_embeddings, model.embedding_dim
+    n, k = min(TILE_TOKENS, images * model.grid_side**2), min(TILE_CODES, codes)
+    table = codes * width * size if model.use_simvq else 0
+    copies = 3 if size < FP32 else 2
+    tile = 2 * n * width + max(copies * k * width + n * k, k * width + 2 * n * k)
+    return max(2 * table, table + FP32 * tile)
+
+
+def _between(run: Run, images: int, size: int) -> float:
+    """What lies between encoder and decoder, and behind the head.
+
+    D: the features, and standardised. E: what is quantised, code and its frozen vector, the value
+    behind the straight-through step; four copies in fp32 for both sides of the loss. Distillation
+    compares in fp32 as well. Pixels in fp32: input, patches, image, gradient, and their product.
+    """
+    config, model = run.config, run.config.model
+    T, D, E = images * model.grid_side**2, model.encoder_shape.hidden_size, model.embedding_dim
+    size_of_token = 2 * D * size + 4 * E * size + 4 * E * FP32
+    distillation = config.losses.distillation
+    if distillation is not None:
+        size_of_token += 2 * E * FP32 if distillation.quantized.weight else 0
+        size_of_token += D * size + 2 * D * FP32 if distillation.teacher.weight else 0
+    return T * size_of_token + 5 * images * 3 * model.image_size**2 * FP32
+
+
+def _image_losses(run: Run, images: int, size: int) -> dict[str, float]:
+    """LPIPS and ConvNeXt are differentiated together, the discriminator on its own."""
+    losses, side = run.config.losses, run.config.model.image_size
+    judged = 0.0
+    if losses.perceptual is not None and losses.perceptual.weight > 0:
+        judged += lpips_bytes(images, side)
+    if losses.convnext is not None and losses.convnext.weight > 0:
+        judged += convnext_bytes(images)
+    passing = {"LPIPS and ConvNeXt": judged} if judged else {}
+    gan = losses.adversarial
+    if gan is not None and gan.weight > 0:
+        passing["discriminator"] = discriminator_bytes(gan, images, side, size)
+    return passing

@@ -1,0 +1,132 @@
+"""The plan in words: the table of parts, the peak of a step, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vqrae_ds.config.deepspeed_json import batch_arithmetic
+from vqrae_ds.planning.parts import Plan
+from vqrae_ds.planning.peak import (
+    Peak,
+    details_of_peak,
+    gathered_a_micro_step,
+    host_bytes,
+    peak_bytes,
+)
+from vqrae_ds.planning.states import (
+    BF16,
+    GB,
+    is_offloaded,
+    parameter_bytes,
+    state_bytes,
+    zero_stage,
+)
+
+NOT_PLANNED = (
+    "not planned: fragmentation of the allocator, workspaces of kernels, temporaries of the "
+    "optimizer's step, the CUDA context and NCCL's buffers"
+)
+
+DIVIDED = {  # by ZeRO stage
+    1: "masters and optimizer states",
+    2: "gradients, masters and optimizer states",
+    3: "all of them and the frozen parameters",
+}
+
+
+def describe_plan(plan: Plan, gpus: int, gpu_memory: float) -> str:
+    """The table of the parts, the rows of the peak, and whether it fits into `gpu_memory` GB.
+
+    Raises `ValueError`, as the trainer does, where the batch cannot be divided by `gpus`.
+    """
+    batch = batch_arithmetic(plan.run.deepspeed, gpus)
+    sizes = state_bytes(plan, gpus)
+    total, model = sum(sizes) / GB, plan.run.config.model
+    generator = sum(
+        size for part, size in zip(plan.parts, sizes, strict=True) if part.engine == "generator"
+    )
+    stage = zero_stage(plan.run.deepspeed)
+    lines = [
+        f"image:  {model.image_size} px, {model.grid_side} x {model.grid_side} = "
+        f"{model.grid_side**2:,} tokens",
+        f"batch:  {batch.in_words()}",
+        "",
+        *_table(_rows(plan, sizes)),
+        *([plan.note] if plan.note else []),
+        "",
+        f"bytes a trained parameter: {_describe_bytes(plan.run.deepspeed)}",
+        f"ZeRO-{stage} divides {DIVIDED[stage]} by {gpus}",
+        f"model states {total:.1f} GB of {gpu_memory:g} GB a GPU, of which the generator "
+        f"{generator / GB:.1f} (GB = 10^9 bytes)",
+        "",
+        *_peak_in_words(plan, gpus, gpu_memory),
+    ]
+    return "\n".join([*lines, NOT_PLANNED])
+
+
+def _peak_in_words(plan: Plan, gpus: int, gpu_memory: float) -> list[str]:
+    """The rows of the peak, what is gathered, what the host holds, and the verdict."""
+    peak = peak_bytes(plan, gpus)
+    rows = [("in a micro step", "GB a GPU", "")]
+    rows += [(name, f"{size / GB:.2f}", what) for name, size, what in details_of_peak(plan, gpus)]
+    rows.append(("predicted peak", f"{peak.total / GB:.2f}", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+    lines += ["", gathered_a_micro_step(plan, gpus)]
+    if is_offloaded(plan.run.deepspeed):
+        lines.append(f"host: {host_bytes(plan) / GB:.1f} GB over all ranks, for the optimizer")
+    fits = peak.total <= gpu_memory * GB
+    verb = "fits" if fits else "does not fit"
+    lines.append(f"the peak of {peak.total / GB:.1f} GB {verb} into {gpu_memory:g} GB a GPU")
+    return lines if fits else [*lines, _way_out(plan, peak, gpu_memory)]
+
+
+def _rows(plan: Plan, sizes: list[float]) -> list[tuple[str, ...]]:
+    """The cells of the table, its head and its total included."""
+    rows = [("part", "count", "million", "", "GB a GPU", "what it is")]
+    for part, size in zip(plan.parts, sizes, strict=True):
+        numbers = (f"{part.count:,}", f"{part.count / 1e6:,.2f}", part.kind, f"{size / GB:.2f}")
+        rows.append((part.name, *numbers, part.what))
+    trained, frozen = plan.count("trained"), plan.count("frozen")
+    count, what = trained + frozen, f"{trained:,} trained + {frozen:,} frozen"
+    numbers = (f"{count:,}", f"{count / 1e6:,.2f}", "", f"{sum(sizes) / GB:.2f}")
+    return [*rows, ("total", *numbers, what)]
+
+
+def _describe_bytes(deepspeed: Mapping[str, Any]) -> str:
+    size = parameter_bytes(deepspeed, zero_stage(deepspeed))
+    parts = (
+        f"{size.parameter} itself",
+        f"{size.gradient} gradient",
+        f"{size.master} {'bf16' if size.master == BF16 else 'fp32'} master",
+        f"{size.optimizer} {deepspeed['optimizer']['type']}",
+    )
+    return f"{' + '.join(parts)} = {sum(size)}, a frozen one {size.parameter}"
+
+
+def _way_out(plan: Plan, peak: Peak, gpu_memory: float) -> str:
+    """The smallest number of GPUs that the batch can be divided by and the peak fits on."""
+    micro_batches = plan.run.schedule.batch.global_batch // plan.run.schedule.batch.micro_batch
+    for gpus in (n for n in range(1, micro_batches + 1) if micro_batches % n == 0):
+        size = peak_bytes(plan, gpus).total / GB
+        if size <= gpu_memory:
+            return f"it fits from {gpus} GPUs on: {size:.1f} GB a GPU"
+    largest = "activations" if peak.activations > peak.states else "model states"
+    return (
+        f"it does not fit on any number of GPUs up to {gpus}, where it is {size:.1f} GB a GPU. "
+        f"Most of it are {largest}: a smaller micro batch, memory.*_checkpointing: full and "
+        "another DeepSpeed JSON take less"
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Columns of text; those of numbers are aligned at the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    aligned = "<>><><"
+    return [
+        "  ".join(
+            f"{cell:{a}{w}}" for cell, a, w in zip(row, aligned, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
