@@ -17,11 +17,11 @@ from tests.conftest import ROOT
 from tests.encoder_families import FAMILIES
 from tests.tiny import DEEPSPEED, ENCODER, MODEL
 from vqrae_ds.config import Run, read_run
-from vqrae_ds.flops import flops_per_image
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.quantizer import Search
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.vqrae import VQRAE
+from vqrae_ds.monitoring.flops import flops_per_image
 from vqrae_ds.ops.nearest_code import nearest_code
 
 

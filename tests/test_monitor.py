@@ -14,11 +14,11 @@ from tests.tiny import NUM_CODES, make_run, save_initial
 from vqrae_ds.evaluation.curves import read_curves, read_tensorboard
 from vqrae_ds.evaluation.metrics import Validation
 from vqrae_ds.evaluation.summary import METRICS_FILE, read_metrics
-from vqrae_ds.log_line import log_line
 from vqrae_ds.models.quantizer import Quantizer
-from vqrae_ds.monitor import CodeWindow, Monitor, usage_histogram
-from vqrae_ds.run_log import drop_entries_after
-from vqrae_ds.term_sums import TermSums, sum_over_ranks
+from vqrae_ds.monitoring.log_line import log_line
+from vqrae_ds.monitoring.monitor import CodeWindow, Monitor, usage_histogram
+from vqrae_ds.monitoring.run_log import drop_entries_after
+from vqrae_ds.monitoring.term_sums import TermSums, sum_over_ranks
 
 
 class Codes(Quantizer):
@@ -158,7 +158,7 @@ def test_validation_is_written_with_its_grid(one_rank, run):
 
 
 def test_the_line_shows_what_matters(one_rank, run, caplog):
-    caplog.set_level(logging.INFO, "vqrae_ds.monitor")
+    caplog.set_level(logging.INFO, "vqrae_ds.monitoring.monitor")
     log_steps(run, 1, 2).close()
     line = caplog.messages[-1]
     assert line.startswith("step    2/1000  loss 0.5 ")

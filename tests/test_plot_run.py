@@ -11,7 +11,7 @@ from PIL import Image
 from tests.conftest import run_python
 from vqrae_ds.evaluation.curves import Curve, Curves, Histogram, read_curves, read_tensorboard
 from vqrae_ds.evaluation.plot import PANELS, labels_of, panels_of
-from vqrae_ds.run_log import RunLog
+from vqrae_ds.monitoring.run_log import RunLog
 
 
 def write_run(folder: Path, *, factor: float = 1.0) -> Path:

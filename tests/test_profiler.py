@@ -12,7 +12,7 @@ import torch
 
 from tests.tiny import build_model, images_of, make_run, save_initial
 from vqrae_ds.config import Run
-from vqrae_ds.profiler import FOLDER, StepProfiler
+from vqrae_ds.monitoring.profiler import FOLDER, StepProfiler
 
 
 @pytest.fixture
@@ -83,6 +83,6 @@ def test_a_run_that_starts_or_ends_inside_the_window_traces_what_it_takes(run):
 def test_a_window_after_the_end_is_said_to_have_no_effect(tmp_path, one_rank, caplog):
     save_initial(tmp_path / "initial")
     sections = {"total_steps": 10, "profile_steps": [11, 12]}
-    with caplog.at_level(logging.WARNING, "vqrae_ds.profiler"):
+    with caplog.at_level(logging.WARNING, "vqrae_ds.monitoring.profiler"):
         StepProfiler(make_run(tmp_path, 1, world_size=1, run=sections))
     assert "no effect: the run has 10 steps" in caplog.text

@@ -17,7 +17,7 @@ from vqrae_ds.config import Run, TrainConfig, read_run, resolve_model
 from vqrae_ds.config.checking import check
 from vqrae_ds.config.deepspeed_json import batch_arithmetic, check_keys
 from vqrae_ds.config.files import BASE, read_json, read_recipe
-from vqrae_ds.flops import flops_per_image
+from vqrae_ds.monitoring.flops import flops_per_image
 
 FOLDER = Path("ds_configs")
 RECIPES = sorted(p.relative_to(ROOT) for p in (ROOT / FOLDER).rglob("*.yaml"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.tiny import make_run, save_initial
-from vqrae_ds.flops import flops_per_image
-from vqrae_ds.throughput import RankFigures, Throughput, peak_by_name, peak_memory_gb
+from vqrae_ds.monitoring.flops import flops_per_image
+from vqrae_ds.monitoring.throughput import RankFigures, Throughput, peak_by_name, peak_memory_gb
 
 CPU = torch.device("cpu")
 

@@ -112,8 +112,8 @@ def make_run(
 def make_setup(run: Run, perceptual: nn.Module | None = None) -> Setup:
     """Engines and all that the trainer's own steps need, without data."""
     from vqrae_ds import engines
-    from vqrae_ds.ema import WeightAverage
     from vqrae_ds.losses.objective import Objective
+    from vqrae_ds.sharding.ema import WeightAverage
 
     config = run.config
     generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)

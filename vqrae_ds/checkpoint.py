@@ -36,9 +36,9 @@ from vqrae_ds.config.files import read_json
 from vqrae_ds.config.resuming import check_same_run, record
 from vqrae_ds.conversion.rank_files import RESIDENT_FILE
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, write_file
-from vqrae_ds.ema import WeightAverage, average_file
 from vqrae_ds.models.vqrae import config_json
 from vqrae_ds.ranks import failing_together, from_rank_0, gather
+from vqrae_ds.sharding.ema import WeightAverage, average_file
 
 logger = logging.getLogger(__name__)
 

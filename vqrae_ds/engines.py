@@ -24,17 +24,17 @@ from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from vqrae_ds import first_weights, resident
 from vqrae_ds.attention import choose_attention
 from vqrae_ds.config import Run
 from vqrae_ds.determinism import make_deterministic
-from vqrae_ds.first_weights import Source, freed_memory_returned, uninitialized_is_nan
 from vqrae_ds.models.discriminator import build_discriminator as new_discriminator
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.vqrae import VQRAE
-from vqrae_ds.parameter_groups import discriminator_groups, parameter_groups
 from vqrae_ds.ranks import failing_together
+from vqrae_ds.sharding import first_weights, resident
+from vqrae_ds.sharding.first_weights import Source, freed_memory_returned, uninitialized_is_nan
+from vqrae_ds.sharding.parameter_groups import discriminator_groups, parameter_groups
 
 
 class Ranks(NamedTuple):

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from vqrae_ds.checkpoint import TrainState
     from vqrae_ds.data.index import ShardIndex
     from vqrae_ds.data.stream import Batch
-    from vqrae_ds.ema import WeightAverage
     from vqrae_ds.engines import DeepSpeedEngine, Ranks
     from vqrae_ds.guard import Guard
     from vqrae_ds.losses.objective import Objective
     from vqrae_ds.losses.perceptual import PerceptualLoss
+    from vqrae_ds.sharding.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +51,12 @@ def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
     Raises `ValueError` where something that the run needs is missing or does not fit.
     """
     # Imported here, so that a mistake in the configuration does not wait for torch.
-    from vqrae_ds import checkpoint, engines, first_weights
+    from vqrae_ds import checkpoint, engines
     from vqrae_ds.calibration import calibrate
     from vqrae_ds.data.index import read_index
-    from vqrae_ds.ema import WeightAverage
     from vqrae_ds.guard import Guard
+    from vqrae_ds.sharding import first_weights
+    from vqrae_ds.sharding.ema import WeightAverage
 
     config = run.config
     watchdog = watchdog or watchdog_of(run, rank=0)

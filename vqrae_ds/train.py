@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vqrae_ds.checkpoint import TrainState
-    from vqrae_ds.monitor import Monitor
+    from vqrae_ds.monitoring.monitor import Monitor
     from vqrae_ds.watchdog import Watchdog
 
 logger = logging.getLogger("vqrae_ds.train")
@@ -73,8 +73,8 @@ def train(run: Run, setup: Setup) -> None:
     Raises `TrainingStopped`, after a checkpoint, where too many steps in a row had to be skipped.
     """
     from vqrae_ds import engines
-    from vqrae_ds.monitor import Monitor
-    from vqrae_ds.profiler import StepProfiler
+    from vqrae_ds.monitoring.monitor import Monitor
+    from vqrae_ds.monitoring.profiler import StepProfiler
 
     config, (sizes, total_steps) = run.config, run.schedule
     guard, state = setup.guard, setup.state
@@ -126,7 +126,7 @@ def micro_step(setup: Setup, images_B3HW: Tensor, step: int, *, measure: bool = 
     A loss that `setup.guard` finds unsound becomes NaN, so that all ranks skip the step. With
     `measure`, for the last micro batch of a step, the gradients are measured.
     """
-    from vqrae_ds.partitions import gradient_squares
+    from vqrae_ds.sharding.partitions import gradient_squares
 
     generator, objective = setup.generator, setup.objective
     loss = objective.generator(generator(images_B3HW), images_B3HW, step)

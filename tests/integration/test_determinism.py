@@ -21,7 +21,7 @@ def train(rank: int, folder: Path, name: str) -> None:
     from deepspeed.utils import safe_get_full_fp32_param
 
     from vqrae_ds import engines
-    from vqrae_ds.first_weights import uninitialized_is_nan
+    from vqrae_ds.sharding.first_weights import uninitialized_is_nan
     from vqrae_ds.train import micro_step
 
     engines.start(timedelta(minutes=1), deterministic=True)

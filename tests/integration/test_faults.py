@@ -36,7 +36,7 @@ ENGINES = {  # the guard builds on what each does with a gradient that is not fi
 
 def state_of(setup) -> dict[str, torch.Tensor]:
     """All that a skipped step must leave as it is: this rank's masters, averages, D's weights."""
-    from vqrae_ds.partitions import masters
+    from vqrae_ds.sharding.partitions import masters
 
     state = {f"master{i}": m.clone() for i, m in enumerate(masters(setup.generator))}
     averages = setup.ema.state_dict()["averages"]

@@ -201,7 +201,8 @@ def start_badly(rank: int, folder: Path) -> None:
 
 
 def start_well(rank: int, folder: Path) -> None:
-    from vqrae_ds import checkpoint, engines, first_weights
+    from vqrae_ds import checkpoint, engines
+    from vqrae_ds.sharding import first_weights
 
     mine = folder / f"rank{rank}"
     for stage in (1, 3):

@@ -101,7 +101,7 @@ def check_gradients(engine: Any) -> float:
     """Compare the squares with the whole gradients; returns the norm of all of them."""
     from deepspeed.utils import safe_get_full_grad
 
-    from vqrae_ds.partitions import gradient_squares
+    from vqrae_ds.sharding.partitions import gradient_squares
 
     squares = gradient_squares(engine)
     assert set(squares) == {"encoder", "quantizer", "decoder"}
@@ -140,7 +140,7 @@ def held_averages(engine: Any, ema: Any) -> dict[str, torch.Tensor]:
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from vqrae_ds.partitions import masters
+    from vqrae_ds.sharding.partitions import masters
 
     kept = [master.clone() for master in masters(engine)]
     for master, average in zip(masters(engine), ema.state_dict()["averages"], strict=True):
@@ -155,7 +155,7 @@ def train_layout(rank: int, folder: Path, name: str) -> None:
     from deepspeed.utils import safe_get_full_fp32_param
 
     from vqrae_ds import engines
-    from vqrae_ds.ema import WeightAverage
+    from vqrae_ds.sharding.ema import WeightAverage
 
     run = make_layout(folder, rank, name)
     engine = engines.build_generator(run)

@@ -19,8 +19,8 @@ from vqrae_ds.evaluation.metrics import psnr, ssim, validate
 from vqrae_ds.evaluation.summary import read_metrics
 from vqrae_ds.models.quantizer import Quantizer
 from vqrae_ds.models.training_model import TrainingModel
-from vqrae_ds.monitor import Monitor
-from vqrae_ds.profiler import StepProfiler
+from vqrae_ds.monitoring.monitor import Monitor
+from vqrae_ds.monitoring.profiler import StepProfiler
 
 pytestmark = pytest.mark.slow
 

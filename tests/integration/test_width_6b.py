@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from vqrae_ds.planner import plan, state_bytes
 
 from tests.conftest import ROOT
 from tests.distributed import run_ranks
@@ -22,7 +23,6 @@ from tests.memory import read_memory, sampled_memory
 from tests.tiny import make_setup
 from vqrae_ds.config import Run, read_run
 from vqrae_ds.losses.perceptual import PerceptualLoss
-from vqrae_ds.planner import plan, state_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -92,8 +92,9 @@ def tensor_bytes() -> int:
 
 
 def take_a_step(rank: int, folder: Path, stage: int, lpips: Path) -> None:
-    from vqrae_ds import checkpoint, engines, monitor  # noqa: F401
-    from vqrae_ds.partitions import masters
+    from vqrae_ds import checkpoint, engines  # noqa: F401
+    from vqrae_ds.monitoring import monitor  # noqa: F401
+    from vqrae_ds.sharding.partitions import masters
     from vqrae_ds.train import finish_step, micro_step
 
     run = read_stage(folder / f"rank{rank}", stage, lpips)

@@ -29,7 +29,6 @@ from vqrae_ds.conversion.output_folder import check_free, new_folder, progress_b
 from vqrae_ds.conversion.rank_files import RESIDENT_FILE
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
-from vqrae_ds.ema import FILE_PATTERN
 from vqrae_ds.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -38,6 +37,7 @@ from vqrae_ds.manifest import (
     read_manifest,
     write_json_atomically,
 )
+from vqrae_ds.sharding.ema import FILE_PATTERN
 
 Target = Literal["stage2", "inference"]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vqrae_ds.ema import AVERAGES, FILE_PATTERN, average_file
+from vqrae_ds.sharding.ema import AVERAGES, FILE_PATTERN, average_file
 
 RESIDENT_FILE = "resident.safetensors"  # in the folder of an engine, beside its ranks' files
 

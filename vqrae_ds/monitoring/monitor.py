@@ -23,11 +23,11 @@ from torch import Tensor
 from vqrae_ds.config import Run
 from vqrae_ds.evaluation.metrics import Validation
 from vqrae_ds.evaluation.report import error_map, image_grid, save_grid
-from vqrae_ds.log_line import log_line
 from vqrae_ds.models.quantizer import Quantizer, codebook_statistics
-from vqrae_ds.run_log import RunLog
-from vqrae_ds.term_sums import TermMean, TermSums, sum_over_ranks
-from vqrae_ds.throughput import RankFigures, Throughput
+from vqrae_ds.monitoring.log_line import log_line
+from vqrae_ds.monitoring.run_log import RunLog
+from vqrae_ds.monitoring.term_sums import TermMean, TermSums, sum_over_ranks
+from vqrae_ds.monitoring.throughput import RankFigures, Throughput
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqrae_ds import first_weights
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.ranks import failing_together
+from vqrae_ds.sharding import first_weights
 
 logger = logging.getLogger(__name__)
 

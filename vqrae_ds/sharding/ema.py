@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqrae_ds.partitions import masters
+from vqrae_ds.sharding.partitions import masters
 
 AVERAGES = "averages"  # the key in the file
 FILE_PATTERN = "ema_rank_*.pt"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vqrae_ds.config import Run
-from vqrae_ds.flops import flops_per_image
+from vqrae_ds.monitoring.flops import flops_per_image
 
 # TFLOP/s of one GPU in bf16, dense, by a part of its name: the first that fits. From NVIDIA's data
 # sheets of A100, H100, H200 and of the Blackwell systems; most of them print it with sparsity,

@@ -1,0 +1,1 @@
+"""Weights over the ranks: first values, groups, shares, averages, and whole frozen parts."""
