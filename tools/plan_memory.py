@@ -1,4 +1,4 @@
-"""Plan a run without a GPU: its parameters by part, and the model states on each GPU.
+"""Plan a run without a GPU: parameters by part, model states, and the peak of a step on each GPU.
 
 Data and weights that the YAML names need not be there.
 
