@@ -26,6 +26,7 @@ from transformers.initialization import no_init_weights
 
 from vqrae_ds.attention import choose_attention
 from vqrae_ds.config import Run
+from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO
 from vqrae_ds.determinism import make_deterministic
 from vqrae_ds.models.discriminator import build_discriminator as new_discriminator
 from vqrae_ds.models.encoders import build_encoder
@@ -178,7 +179,7 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
     if gan is None or gan.weight == 0:
         return None
     deepspeed_config = copy.deepcopy(run.deepspeed)
-    deepspeed_config["zero_optimization"] = {"stage": 1}
+    deepspeed_config["zero_optimization"] = dict(DISCRIMINATOR_ZERO)
     if _is_bf16(run):
         deepspeed_config["bf16"] = {"enabled": True}  # so small that its masters are always fp32
     deepspeed_config["optimizer"]["params"]["lr"] *= run.config.lr_multiplier.discriminator

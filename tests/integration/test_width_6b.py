@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from vqrae_ds.planner import plan, state_bytes
 
 from tests.conftest import ROOT
 from tests.distributed import run_ranks
@@ -23,6 +22,7 @@ from tests.memory import read_memory, sampled_memory
 from tests.tiny import make_setup
 from vqrae_ds.config import Run, read_run
 from vqrae_ds.losses.perceptual import PerceptualLoss
+from vqrae_ds.planning import plan, state_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -149,4 +149,6 @@ def test_one_step_at_full_width_in_the_memory_of_the_plan(folder, lpips_weights,
         print(f"stage {stage} rank {rank}: plan {states / 1e9:.3f} GB, {found}")
         assert math.isfinite(found.loss) and found.taken and found.moved > 0
         assert found.tensors == pytest.approx(states, rel=0.05)
-        assert found.settled == pytest.approx(states, rel=0.1)  # with what libraries keep
+        # The process also has what the C library and the kernels of the CPU keep for themselves.
+        assert found.settled == pytest.approx(states, rel=0.1)
+        assert found.peak == pytest.approx(peak_bytes(plan(run), RANKS).total, rel=0.15)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vqrae_ds.config.deepspeed_json import get
+from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO, get
 from vqrae_ds.planning.activations import activations, value_size
 from vqrae_ds.planning.parts import Plan
 from vqrae_ds.planning.states import (
@@ -114,14 +114,14 @@ def bucket_bytes(plan: Plan) -> float:
     With `contiguous_gradients` a bucket is a buffer of `reduce_bucket_size` elements. ZeRO-3 has
     one, and copies it in the order of the ranks to reduce it; that copy is no larger than the
     gradients of a micro step. ZeRO-1 and 2 have a second one with `overlap_comm`. ZeRO-1 in bf16
-    with gradients in fp32 has none. The discriminator's engine is ZeRO-1 with DeepSpeed's default,
-    whatever its own size, and holds its bucket while it is trained.
+    with gradients in fp32 has none. The discriminator's engine holds its bucket while it is
+    trained.
     """
     deepspeed = plan.run.deepspeed
     total = _buckets(deepspeed, value_size(plan.run), _trained(plan))
     gan = next((part for part in plan.parts if part.engine == "discriminator"), None)
     if gan is not None:
-        own = {**deepspeed, "zero_optimization": {"stage": 1}}
+        own = {**deepspeed, "zero_optimization": DISCRIMINATOR_ZERO}
         total += _buckets(own, value_size(plan.run), gan.count)
     return total
 

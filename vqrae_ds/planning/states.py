@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vqrae_ds.config.deepspeed_json import get
+from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO, get
 from vqrae_ds.planning.parts import Part, Plan
 
 GB = 10**9
@@ -65,7 +65,7 @@ def _bytes(part: Part, deepspeed: Mapping[str, Any], gpus: int) -> float:
         return part.count * FP32
     if part.engine == "discriminator":  # as `engines.build_discriminator` configures it
         enabled = get(deepspeed, "bf16.enabled") or False
-        changes = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": enabled}}
+        changes = {"zero_optimization": DISCRIMINATOR_ZERO, "bf16": {"enabled": enabled}}
         deepspeed = {**deepspeed, **changes}
     stage = zero_stage(deepspeed)
     size = _on_gpu(deepspeed, stage)
