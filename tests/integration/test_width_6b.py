@@ -22,7 +22,7 @@ from tests.memory import read_memory, sampled_memory
 from tests.tiny import make_setup
 from vqrae_ds.config import Run, read_run
 from vqrae_ds.losses.perceptual import PerceptualLoss
-from vqrae_ds.planning import plan, state_bytes
+from vqrae_ds.planning import peak_bytes, plan, state_bytes
 
 pytestmark = pytest.mark.slow
 
