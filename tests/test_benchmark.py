@@ -25,7 +25,7 @@ from vqrae_ds.benchmarks.step import (
 )
 from vqrae_ds.benchmarks.table import Report, Row, as_json, as_text
 from vqrae_ds.config import AdversarialConfig, DistillationConfig, LossConfig
-from vqrae_ds.losses.objective import Objective, discriminator_loss
+from vqrae_ds.losses.objective import Objective
 from vqrae_ds.models.discriminator import PatchDiscriminator
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
@@ -222,11 +222,12 @@ def test_the_bare_loop_of_stage_1_trains_the_same():
     discriminator = SteppedEngine(PatchDiscriminator(**GAN))
     generator = SteppedEngine(TrainingModel(build_model()))
     config = LossConfig(perceptual=None, adversarial=AdversarialConfig(weight=1.0, **GAN))
-    objective = Objective(config, None, discriminator.module, lambda alone: alone)
+    objective = Objective(config, None, None, discriminator.module, lambda alone: alone)
     images = random_images()
     loss = objective.generator(generator(images), images, 0)
     loss.surrogate.backward()
-    discriminator_loss(discriminator, images, loss.images_hat_B3HW).total.backward()
+    verdict = objective.discriminator_loss(discriminator, images, loss.images_hat_B3HW, 0)
+    verdict.total.backward()
     ours = gradients(generator), gradients(discriminator)
     bare_loop.gan_step(generator, discriminator, images)
     assert_same_gradients(ours[0], gradients(generator))
@@ -238,7 +239,7 @@ def test_the_bare_loop_of_stage_2_trains_the_same():
     teacher = build_encoder(vqrae.config, "sdpa")  # another one, or its term would be 0
     generator = SteppedEngine(TrainingModel(vqrae, teacher))
     config = LossConfig(perceptual=None, distillation=DistillationConfig())
-    objective = Objective(config, None, None, lambda alone: alone)
+    objective = Objective(config, None, None, None, lambda alone: alone)
     images = random_images()
     objective.generator(generator(images), images, 0).surrogate.backward()
     ours = gradients(generator)

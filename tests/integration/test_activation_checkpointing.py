@@ -15,14 +15,11 @@ import torch.nn.functional as F
 
 from tests.distributed import run_ranks
 from tests.integration.test_exactness import (
-    CLIP,
-    DISTILLATION,
-    STEPS,
-    WEIGHTS,
     largest_difference,
     relative_difference,
     train_with_engines,
 )
+from tests.plain_training import CLIP, DISTILLATION, STEPS, WEIGHTS
 from tests.test_activation_checkpointing import ATTENTION, CountedOperators
 from tests.tiny import build_model, images_of, make_run, save_initial
 from vqrae_ds.config import Run
