@@ -35,3 +35,9 @@ def read_memory() -> dict[str, int]:
         name: int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) << 10
         for name in ("RssAnon", "VmRSS")
     }
+
+
+def available_memory() -> int:
+    """Bytes that this machine can still give to a process without swapping."""
+    kilobytes = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]
+    return int(kilobytes) << 10

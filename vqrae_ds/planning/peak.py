@@ -1,4 +1,4 @@
-"""The most that a micro step takes on one GPU: states, gathered weights, buckets, activations.
+"""The most that a step takes on one GPU: states, gathered weights, buckets, activations.
 
 The arithmetic of ZeRO's buffers is that of deepspeed 0.19.8; what the JSON leaves out has the
 default of its runtime/zero/config.py.
@@ -26,6 +26,7 @@ DEFAULTS = {
     "stage3_prefetch_bucket_size": 5e7,
     "stage3_max_live_parameters": 1e9,
     "stage3_max_reuse_distance": 1e9,
+    "sub_group_size": 1e9,
     "contiguous_gradients": True,
     "memory_efficient_linear": True,
     "zero_hpz_partition_size": 1,
@@ -33,13 +34,17 @@ DEFAULTS = {
 
 
 class Peak(NamedTuple):
-    """Bytes on one GPU; `total` is the sum of the others."""
+    """Bytes on one GPU.
+
+    `total` is states and average, and the larger of what a micro step and the optimizer's step add.
+    """
 
     states: float
     ema: float  # the moving average of the weights
     gathered: float  # weights that ZeRO-3 holds whole for a while
     buckets: float  # of gradients on their way to the ranks
     activations: float
+    optimizer_step: float  # temporaries of the update
     total: float
 
 
@@ -52,24 +57,44 @@ class Row(NamedTuple):
 
 
 def peak_bytes(plan: Plan, gpus: int) -> Peak:
-    """The predicted peak of a micro step on each of `gpus` GPUs, one rank on each."""
+    """The predicted peak of a step on each of `gpus` GPUs, one rank on each."""
     states = sum(state_bytes(plan, gpus))
     ema = 0.0 if is_offloaded(plan.run.deepspeed) else _average_bytes(plan) / gpus
-    parts = (states, ema, gathered_bytes(plan), bucket_bytes(plan), activations(plan.run).most)
-    return Peak(*parts, total=sum(parts))
+    micro_step = (gathered_bytes(plan), bucket_bytes(plan), activations(plan.run).most)
+    update = update_bytes(plan, gpus)
+    total = states + ema + max(sum(micro_step), update)
+    return Peak(states, ema, *micro_step, update, total)
+
+
+def update_bytes(plan: Plan, gpus: int) -> float:
+    """Temporaries of the update: two vectors like the largest one that is stepped at once.
+
+    That is the share of a part of the model, under ZeRO-3 of `sub_group_size` elements at most. An
+    optimizer in the host's memory takes none of a GPU.
+    """
+    deepspeed = plan.run.deepspeed
+    if is_offloaded(deepspeed):
+        return 0.0
+    stage = zero_stage(deepspeed)
+    trained = [p.count for p in plan.parts if p.engine == "generator" and p.kind == "trained"]
+    largest = max(trained) / gpus
+    if stage == 3:
+        largest = min(largest, _option(deepspeed, "sub_group_size"))
+    return 2 * largest * parameter_bytes(deepspeed, stage).master
 
 
 def host_bytes(plan: Plan) -> float:
     """Bytes in the memory of all hosts together: what `offload_optimizer` takes off the GPUs.
 
-    Gradients, masters and optimizer states of the generator, and the average of its weights.
+    Gradients, masters and optimizer states of the generator, and the average of its weights. The
+    gradients are there twice: summed up, and as the optimizer takes them.
     """
     if not is_offloaded(plan.run.deepspeed):
         return 0.0
     deepspeed = plan.run.deepspeed
     size = parameter_bytes(deepspeed, zero_stage(deepspeed))
     trained = _trained(plan)
-    return trained * (size.gradient + size.master + size.optimizer) + _average_bytes(plan)
+    return trained * (2 * size.gradient + size.master + size.optimizer) + _average_bytes(plan)
 
 
 def gathered_bytes(plan: Plan) -> float:
@@ -143,6 +168,7 @@ def details_of_peak(plan: Plan, gpus: int) -> list[Row]:
     if parts.after:
         what = "without what is kept"
         rows.append(Row("  discriminator's own step", parts.after, what))
+    rows.append(Row("optimizer's step", peak.optimizer_step, "when the micro steps are over"))
     return rows
 
 

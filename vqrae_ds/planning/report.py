@@ -24,8 +24,8 @@ from vqrae_ds.planning.states import (
 )
 
 NOT_PLANNED = (
-    "not planned: fragmentation of the allocator, workspaces of kernels, temporaries of the "
-    "optimizer's step, the CUDA context and NCCL's buffers"
+    "not planned: fragmentation of the allocator, workspaces of kernels, the CUDA "
+    "context and NCCL's buffers"
 )
 
 DIVIDED = {  # by ZeRO stage
