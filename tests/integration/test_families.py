@@ -103,8 +103,8 @@ def reference(name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         loss = (
             F.mse_loss(images_hat, images)
             + vqrae.vq_loss
-            + model.vqrae.config.use_simvq * quantized_loss(vqrae.code_BNE, vqrae.z_BNE)
-            + teacher_loss(vqrae.features_BND, output.teacher_features_BND)
+            + model.vqrae.config.use_simvq * quantized_loss(vqrae.code_BNE, vqrae.z_BNE, "l2")
+            + teacher_loss(vqrae.features_BND, output.teacher_features_BND, "l2")
         )
         optimizer.zero_grad()
         loss.backward()
@@ -126,7 +126,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_matrices_decay_and_nothing_else(family: str) -> None:
     from vqrae_ds.config import LearningRateMultiplierConfig
-    from vqrae_ds.engines import parameter_groups
+    from vqrae_ds.sharding.parameter_groups import parameter_groups
 
     model = TrainingModel(build(family))
     groups = parameter_groups(model, {"lr": 1.0}, LearningRateMultiplierConfig())
