@@ -125,7 +125,7 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     Raises `ValueError`, on all ranks together, for weight files that do not fit or are damaged.
     """
     config, memory = run.config, run.config.memory
-    attention = choose_attention(on_gpu=_on_gpu(), bf16=_is_bf16(run))
+    attention = choose_attention(on_gpu=_on_gpu(), bf16=run.bf16)
     torch.manual_seed(config.run.seed)
     # A module is partitioned as soon as it is built, so no process ever holds two of them whole;
     # nothing is drawn, because all is set below.
@@ -154,7 +154,7 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
         first_weights.poison(model, set(model.state_dict()))
     if memory.frozen_encoder == "resident":
         device = torch.device(deepspeed.get_accelerator().current_device_name())
-        dtype = torch.bfloat16 if _is_bf16(run) else torch.float32
+        dtype = torch.bfloat16 if run.bf16 else torch.float32
         resident.take_out(model, deepspeed.zero.GatheredParameters, device, dtype)
     groups = parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
@@ -180,7 +180,7 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
         return None
     deepspeed_config = copy.deepcopy(run.deepspeed)
     deepspeed_config["zero_optimization"] = dict(DISCRIMINATOR_ZERO)
-    if _is_bf16(run):
+    if run.bf16:
         deepspeed_config["bf16"] = {"enabled": True}  # so small that its masters are always fp32
     deepspeed_config["optimizer"]["params"]["lr"] *= run.config.lr_multiplier.discriminator
     if "scheduler" in deepspeed_config:
@@ -260,11 +260,7 @@ def _forget_node_copies(model: TrainingModel) -> None:
 
 
 def _has_fp32_masters_of_bf16(run: Run) -> bool:
-    return _is_bf16(run) and not run.deepspeed["bf16"].get("bf16_master_weights_and_grads", False)
-
-
-def _is_bf16(run: Run) -> bool:
-    return run.deepspeed.get("bf16", {}).get("enabled", False)
+    return run.bf16 and not run.deepspeed["bf16"].get("bf16_master_weights_and_grads", False)
 
 
 def _on_gpu() -> bool:

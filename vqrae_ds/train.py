@@ -179,7 +179,13 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, watchdog: Watchdog, step
         world_size=setup.ranks.world_size,
     )
     batches = watchdog.watching(batches, f"the validation after step {step}")
-    validation = validate(setup.generator, batches, setup.perceptual, setup.ranks.device)
+    validation = validate(
+        setup.generator,
+        batches,
+        setup.perceptual,
+        setup.ranks.device,
+        run.config.monitor.num_images,
+    )
     monitor.log_validation(step, validation)
 
 

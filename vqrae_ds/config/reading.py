@@ -47,6 +47,11 @@ class Run(NamedTuple):
     deepspeed: dict[str, Any]
     schedule: Schedule
 
+    @property
+    def bf16(self) -> bool:
+        """Whether the weights are in bfloat16."""
+        return bool(deepspeed_json.get(self.deepspeed, "bf16.enabled"))
+
 
 def read_run(
     config_path: Path,

@@ -70,14 +70,17 @@ def validate(
     batches: Iterable[EvaluationBatch],
     perceptual: Callable[[Tensor, Tensor], Tensor] | None,
     device: torch.device,
+    num_shown: int = 8,
 ) -> Validation:
     """One pass over the validation set; every rank calls it, with equally many batches.
 
+    The first `num_shown` images of this rank come back, with their reconstructions.
     Images that fill up a batch count for nothing. Codes are counted for the training alone, so
     those of the pass are taken back.
     """
     vqrae = engine.module.vqrae
-    training_counts_K, first = vqrae.quantizer.code_counts.clone(), None
+    training_counts_K = vqrae.quantizer.code_counts.clone()
+    shown: list[tuple[Tensor, Tensor]] = []
     engine.eval()
     sums: dict[str, Tensor] = {}
     num_images = torch.zeros(1, dtype=torch.float64, device=device)
@@ -86,7 +89,8 @@ def validate(
         images, is_real_B = batch.images_B3HW.to(device), batch.is_real_B.to(device)
         output = engine(images)
         images_hat = output.vqrae.reconstruction
-        first = first or (images[is_real_B], images_hat[is_real_B])
+        if sum(len(images) for images, _ in shown) < num_shown:
+            shown.append((images[is_real_B], images_hat[is_real_B]))
         num_images += is_real_B.sum()
         for name, value_B in _image_figures(images_hat, images, perceptual):
             sums[name] = sums.get(name, 0) + value_B[is_real_B].double().sum()
@@ -96,14 +100,14 @@ def validate(
         counts_K.index_add_(0, used, torch.ones_like(used, dtype=torch.float64))
     engine.train()
     vqrae.quantizer.code_counts.copy_(training_counts_K)
-    assert first is not None, "the validation set is empty"
+    assert shown, "the validation set is empty"
     totals = torch.cat([num_images, torch.stack(tuple(sums.values())), counts_K])
     dist.all_reduce(totals)
     number, sums_M, counts_K = totals.split([1, len(sums), len(counts_K)])
     figures = dict(zip(sums, (sums_M / number).tolist(), strict=True))
     codes = codebook_statistics(counts_K)
     figures |= {"validation/usage": codes.usage, "validation/perplexity": codes.perplexity}
-    return Validation(figures, *first)
+    return Validation(figures, *(torch.cat(side)[:num_shown] for side in zip(*shown, strict=True)))
 
 
 def _image_figures(

@@ -143,11 +143,11 @@ class Objective:
     def _image_loss(
         self, images_hat_B3HW: Tensor, images_B3HW: Tensor, step: int, terms: dict[str, Tensor]
     ) -> Tensor:
-        loss = images_hat_B3HW.sum() * 0  # a loss with a gradient even where every term is off
+        losses: list[Tensor] = []
         if is_on(self.config.reconstruction, step):
             reconstruction = F.mse_loss(images_hat_B3HW, images_B3HW.float())
             terms["loss/reconstruction"] = reconstruction.detach()
-            loss = loss + self.config.reconstruction.weight * reconstruction
+            losses.append(self.config.reconstruction.weight * reconstruction)
         networks = {
             "perceptual": (self.config.perceptual, self.perceptual),
             "convnext": (self.config.convnext, self.convnext),
@@ -156,8 +156,9 @@ class Objective:
             if is_on(term, step) and (step - term.start_step) % term.every_steps == 0:
                 distance = measure(images_hat_B3HW, images_B3HW).mean()
                 terms[f"loss/{name}"] = distance.detach()
-                loss = loss + term.weight * term.every_steps * distance
-        return loss
+                losses.append(term.weight * term.every_steps * distance)
+        # Where every term is off, 0 with a gradient.
+        return torch.stack(losses).sum() if losses else images_hat_B3HW.sum() * 0
 
     def _adversarial(
         self,

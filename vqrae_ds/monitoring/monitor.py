@@ -129,9 +129,7 @@ class Monitor:
         """Write the figures and the grid original | reconstruction | error."""
         if self._log is not None:
             self._log.write(step, validation.figures)
-            number = self.run.config.monitor.num_images
-            images = validation.images_B3HW[:number]
-            images_hat = validation.images_hat_B3HW[:number]
+            images, images_hat = validation.images_B3HW, validation.images_hat_B3HW
             grid_3HW = image_grid([images, images_hat, error_map(images_hat, images)])
             self._log.write_image("validation/reconstructions", grid_3HW, step)
             save_grid(grid_3HW, self.folder / "samples" / f"step_{step:08d}.png")

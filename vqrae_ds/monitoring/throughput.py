@@ -94,8 +94,7 @@ def peak_tflops(run: Run) -> float | None:
     """Peak of one GPU in TFLOP/s: the configuration's, else by its name, in bf16 alone."""
     if run.config.monitor.peak_tflops is not None:
         return run.config.monitor.peak_tflops
-    is_bf16 = run.deepspeed.get("bf16", {}).get("enabled", False)
-    if not (is_bf16 and torch.cuda.is_available()):
+    if not (run.bf16 and torch.cuda.is_available()):
         return None
     return peak_by_name(torch.cuda.get_device_name())
 

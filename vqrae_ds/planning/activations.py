@@ -69,7 +69,7 @@ def activations(run: Run) -> Activations:
 
 def value_size(run: Run) -> int:
     """Bytes of a value in the generator: 2 in bf16, else 4."""
-    return BF16 if run.deepspeed.get("bf16", {}).get("enabled", False) else FP32
+    return BF16 if run.bf16 else FP32
 
 
 def decoder_block(model: ModelConfig, images: int, size: int, *, on_gpu: bool = True) -> Block:
