@@ -34,11 +34,11 @@ from vqrae_ds import manifest
 from vqrae_ds.config import Run, check_same_model
 from vqrae_ds.config.files import read_json
 from vqrae_ds.config.resuming import check_same_run, record
-from vqrae_ds.conversion.rank_files import RESIDENT_FILE
+from vqrae_ds.conversion.rank_files import RESIDENT_FILE, average_file
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, write_file
 from vqrae_ds.models.vqrae import config_json
 from vqrae_ds.ranks import failing_together, from_rank_0, gather
-from vqrae_ds.sharding.ema import WeightAverage, average_file
+from vqrae_ds.sharding.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vqrae_ds.sharding.ema import AVERAGES, FILE_PATTERN, average_file
-
+AVERAGE_FILES = "ema_rank_*.pt"  # in the checkpoint's folder, one a rank
+AVERAGES = "averages"  # the key in such a file
 RESIDENT_FILE = "resident.safetensors"  # in the folder of an engine, beside its ranks' files
 
 
@@ -37,6 +37,11 @@ class Files(NamedTuple):
     partitioned: bool
     models: list[Path]
     optimizers: list[Path]
+
+
+def average_file(checkpoint: Path, rank: int) -> Path:
+    """The file in a checkpoint's folder that holds the moving averages of one rank."""
+    return checkpoint / AVERAGE_FILES.replace("*", f"{rank:05d}")
 
 
 def find_files(folder: Path) -> Files:
@@ -70,13 +75,13 @@ def read_averages(checkpoint: Path, masters: list[Masters]) -> list[Masters]:
     `checkpoint` is the step folder. Raises `ValueError` where it has none, and, naming the file,
     where that of a rank is missing or damaged, or does not fit the masters.
     """
-    if not any(checkpoint.glob(FILE_PATTERN)):
+    if not any(checkpoint.glob(AVERAGE_FILES)):
         raise ValueError(
-            f"{checkpoint} holds no moving average ({FILE_PATTERN}), for ema was off in its run: "
+            f"{checkpoint} holds no moving average ({AVERAGE_FILES}), for ema was off in its run: "
             "take the weights themselves"
         )
     files = [average_file(checkpoint, rank) for rank in range(len(masters))]
-    _check_complete(checkpoint, files, FILE_PATTERN, len(masters))
+    _check_complete(checkpoint, files, AVERAGE_FILES, len(masters))
     averaged = []
     for rank, file in zip(masters, files, strict=True):
         flats = entry(load(file), AVERAGES, list, file)

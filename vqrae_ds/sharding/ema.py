@@ -7,16 +7,13 @@ costs 4 bytes a trained parameter, divided by the ranks, and no communication.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vqrae_ds.conversion.rank_files import AVERAGES
 from vqrae_ds.sharding.partitions import masters
-
-AVERAGES = "averages"  # the key in the file
-FILE_PATTERN = "ema_rank_*.pt"
 
 
 class WeightAverage:
@@ -47,8 +44,3 @@ class WeightAverage:
         for mine, saved in zip(self._averages, state[AVERAGES], strict=True):
             assert mine.shape == saved.shape, "the checkpoint is of another partitioning"
             mine.copy_(saved)
-
-
-def average_file(checkpoint: Path, rank: int) -> Path:
-    """The file in a checkpoint's folder that holds the averages of one rank."""
-    return checkpoint / FILE_PATTERN.replace("*", f"{rank:05d}")
