@@ -55,8 +55,3 @@ def test_two_runs_are_the_same(tmp_path: Path) -> None:
         first, second = (torch.load(tmp_path / f"{n}{rank}.pt") for n in ("first", "second"))
         for name, weight in first.items():
             assert torch.equal(weight, second[name]), name
-
-
-def test_without_it_nothing_is_switched() -> None:
-    assert torch.get_deterministic_debug_mode() == 0
-    assert torch.utils.deterministic.fill_uninitialized_memory
