@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +81,11 @@ def _run_rank(
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
+    # All is done by now. What would follow is the interpreter's teardown among threads of gloo,
+    # which once ended a finished rank by std::terminate.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextlib.contextmanager
