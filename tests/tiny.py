@@ -81,6 +81,13 @@ def save_initial(folder: Path) -> None:
     save_file(discriminator.state_dict(), folder / "discriminator.safetensors")
 
 
+def make_rank_folders(folder: Path, ranks: int) -> None:
+    """A folder a rank, each with the weights to start from."""
+    for rank in range(ranks):
+        (folder / f"rank{rank}").mkdir()
+        save_initial(folder / f"rank{rank}" / "initial")
+
+
 def make_run(
     folder: Path,
     stage: int,

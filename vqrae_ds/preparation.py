@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vqrae_ds.config import LossConfig, Run
+from vqrae_ds.config import DataConfig, LossConfig, Run
 from vqrae_ds.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -63,12 +63,7 @@ def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
     timeout = timedelta(minutes=config.run.collective_timeout_minutes)
     ranks = engines.start(timeout, config.run.deterministic)
     Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
-    index = read_index(Path(config.data.train))
-    if config.data.samples_per_epoch not in (None, index.num_samples):
-        logger.warning(
-            "data.samples_per_epoch is %d, and %s has %d samples: epochs count the former",
-            *(config.data.samples_per_epoch, config.data.train, index.num_samples),
-        )
+    index = _read_training_index(config.data)
     validation = config.data.validation
     validation_index = None if validation is None else read_index(Path(validation))
 
@@ -127,6 +122,18 @@ def set_learning_rates(
     if discriminator is not None:
         first = losses.adversarial.first_discriminator_step
         engines.set_learning_rate(discriminator, max(step - first, 0))
+
+
+def _read_training_index(data: DataConfig) -> ShardIndex:
+    from vqrae_ds.data.index import read_index
+
+    index = read_index(Path(data.train))
+    if data.samples_per_epoch not in (None, index.num_samples):
+        logger.warning(
+            "data.samples_per_epoch is %d, and %s has %d samples: epochs count the former",
+            *(data.samples_per_epoch, data.train, index.num_samples),
+        )
+    return index
 
 
 def _check_same_data(extra: dict[str, Any], index: ShardIndex, path: str) -> None:

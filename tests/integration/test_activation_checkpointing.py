@@ -19,11 +19,10 @@ from tests.integration.test_exactness import (
     relative_difference,
     train_with_engines,
 )
-from tests.plain_training import CLIP, DISTILLATION, STEPS, WEIGHTS
+from tests.plain_training import DISTILLATION, STEPS, WEIGHTS, Cell, train_plainly
 from tests.test_activation_checkpointing import ATTENTION, CountedOperators
-from tests.tiny import build_model, images_of, make_run, save_initial
+from tests.tiny import make_run, save_initial
 from vqrae_ds.config import Run
-from vqrae_ds.models.decoder import unpatchify
 
 pytestmark = pytest.mark.slow
 
@@ -61,10 +60,10 @@ SETTINGS = [
 ]
 
 
-def make_setting(folder: Path, setting: Setting) -> Run:
+def make_setting(folder: Path, setting: Setting, lpips: Path) -> Run:
     losses = {
         "reconstruction": {"weight": WEIGHTS["reconstruction"]},
-        "perceptual": None,
+        "perceptual": {"weight": WEIGHTS["perceptual"], "weights": str(lpips)},
         "quantizer": {"weight": WEIGHTS["quantizer"]},
         "adversarial": None,
     }
@@ -86,39 +85,13 @@ def train_all(rank: int, folder: Path, replaced_linear: bool, lpips: Path) -> No
             continue
         result = folder / setting.name
         result.mkdir(exist_ok=True)
-        shared = [make_setting(folder, setting) if rank == 0 else None]
+        shared = [make_setting(folder, setting, lpips) if rank == 0 else None]
         torch.distributed.broadcast_object_list(shared, 0)
         with CountedOperators() as counted:
             train_with_engines(rank, shared[0], lpips, result)
         assert counted.counts[ATTENTION] == STEPS * setting.attentions
         replacement = F.linear.__module__.startswith("deepspeed")
         assert replacement == replaced_linear, "the comparison is of what it says"
-
-
-def reference(stage: int):
-    """Plain PyTorch over all ranks' batches: losses of every rank, gradients, weights."""
-    model, teacher = build_model(freeze_encoder=stage == 1), build_model().encoder
-    trainable = {f"vqrae.{n}": p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trainable.values(), lr=0.05)
-    losses, gradients = [[] for _ in range(WORLD_SIZE)], []
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        for rank in range(WORLD_SIZE):
-            images = images_of(10 * step, rank)
-            output = model(images)
-            loss = WEIGHTS["reconstruction"] * F.mse_loss(unpatchify(output.patches_BhwP), images)
-            loss = loss + WEIGHTS["quantizer"] * output.vq_loss
-            if stage == 2:
-                kept = F.mse_loss(output.features_BND, teacher(images).detach())
-                quantized = F.mse_loss(output.code_BNE, output.z_BNE.detach())
-                loss = loss + DISTILLATION["teacher"] * kept
-                loss = loss + DISTILLATION["quantized"] * quantized
-            (loss / WORLD_SIZE).backward()
-            losses[rank].append(loss.item())
-        gradients.append({n: p.grad.clone() for n, p in trainable.items()})
-        torch.nn.utils.clip_grad_norm_(trainable.values(), CLIP)
-        optimizer.step()
-    return losses, gradients, {n: p.detach() for n, p in trainable.items()}
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +104,14 @@ def trained(tmp_path_factory, lpips_weights) -> Path:
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
-def test_steps_equal_those_without(trained: Path, setting: Setting) -> None:
-    losses, gradients, weights = reference(setting.stage)
+def test_steps_equal_those_without(trained: Path, lpips_weights, setting: Setting) -> None:
+    without = Cell(setting.stage, "off", 1, "none", False)
+    plain = train_plainly(trained / "initial", without, WORLD_SIZE, lpips_weights)
     for rank in range(WORLD_SIZE):
         ours = torch.load(trained / setting.name / f"rank{rank}.pt", weights_only=True)
         found = [terms["loss/total"] for terms in ours["losses"]]
-        assert found == pytest.approx(losses[rank], rel=1e-6)
-        for mine, theirs in zip(ours["gradients"], gradients, strict=True):
+        expected = [terms["loss/total"] for terms in plain.losses[rank]]
+        assert found == pytest.approx(expected, rel=1e-6)
+        for mine, theirs in zip(ours["gradients"], plain.gradients, strict=True):
             assert largest_difference(mine, theirs) < 1e-5
-        assert relative_difference(ours["weights"], weights) < 1e-6
+        assert relative_difference(ours["weights"], plain.weights) < 1e-6

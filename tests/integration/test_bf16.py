@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.tiny import GAN, images_of, make_run, make_setup, save_initial
+from tests.tiny import GAN, images_of, make_rank_folders, make_run, make_setup
 
 pytestmark = pytest.mark.slow
 
@@ -43,9 +43,7 @@ def train_all(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bf16")
-    for rank in range(RANKS):
-        (folder / f"rank{rank}").mkdir()
-        save_initial(folder / f"rank{rank}" / "initial")
+    make_rank_folders(folder, RANKS)
     run_ranks(RANKS, train_all, folder)
     return folder
 

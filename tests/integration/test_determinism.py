@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.tiny import GAN, images_of, make_run, make_setup, save_initial
+from tests.tiny import GAN, images_of, make_rank_folders, make_run, make_setup
 
 pytestmark = pytest.mark.slow
 
@@ -46,9 +46,7 @@ def train(rank: int, folder: Path, name: str) -> None:
 
 
 def test_two_runs_are_the_same(tmp_path: Path) -> None:
-    for rank in range(2):
-        (tmp_path / f"rank{rank}").mkdir()
-        save_initial(tmp_path / f"rank{rank}" / "initial")
+    make_rank_folders(tmp_path, 2)
     for name in ("first", "second"):
         run_ranks(2, train, tmp_path, name)
     for rank in range(2):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.distributed import gathered, run_ranks
 from tests.integration.test_memory_keys import BF16_STATES, OFFLOAD
-from tests.tiny import DEEPSPEED, GAN, images_of, make_run, make_setup, save_initial
+from tests.tiny import DEEPSPEED, GAN, images_of, make_rank_folders, make_run, make_setup
 from vqrae_ds.config import Run, deepspeed_json
 
 pytestmark = pytest.mark.slow
@@ -145,9 +145,7 @@ def check_buffers() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
-    for rank in range(2):
-        (folder / f"rank{rank}").mkdir()
-        save_initial(folder / f"rank{rank}" / "initial")
+    make_rank_folders(folder, 2)
     run_ranks(2, run_first_weights, folder)
     run_ranks(2, run_variants, folder)
     return folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.tiny import GAN, images_of, make_run, make_setup, save_initial
+from tests.tiny import GAN, images_of, make_rank_folders, make_run, make_setup
 from vqrae_ds.losses.perceptual import PerceptualLoss
 
 pytestmark = pytest.mark.slow
@@ -133,9 +133,7 @@ def reports(request, broken) -> list[dict]:
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory, lpips_weights) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    for rank in range(2):
-        (folder / f"rank{rank}").mkdir()
-        save_initial(folder / f"rank{rank}" / "initial")
+    make_rank_folders(folder, 2)
     run_ranks(2, break_things, folder, lpips_weights)
     return folder
 

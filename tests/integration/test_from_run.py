@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.distributed import gathered, run_ranks
-from tests.tiny import GAN, images_of, make_run, save_initial
+from tests.tiny import GAN, images_of, make_rank_folders, make_run, save_initial
 from vqrae_ds import checkpoint
 from vqrae_ds.checkpoint import TrainState
 from vqrae_ds.config import Run
@@ -180,9 +180,7 @@ def start_otherwise(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("from_run")
-    for rank in range(3):
-        (folder / f"rank{rank}").mkdir()
-        save_initial(folder / f"rank{rank}" / "initial")
+    make_rank_folders(folder, 3)
     run_ranks(2, train_and_save, folder)
     return folder
 

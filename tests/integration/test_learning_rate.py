@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import run_ranks
-from tests.tiny import GAN, images_of, make_run, save_initial, setup_of
+from tests.tiny import GAN, images_of, make_rank_folders, make_run, setup_of
 from vqrae_ds.config import Run
 
 pytestmark = pytest.mark.slow
@@ -132,8 +132,6 @@ def run_schedules(rank: int, folder: Path) -> None:
 
 
 def test_every_step_has_the_rate_of_the_formula(tmp_path: Path) -> None:
-    for rank in range(2):
-        (tmp_path / f"rank{rank}").mkdir()
-        save_initial(tmp_path / f"rank{rank}" / "initial")
+    make_rank_folders(tmp_path, 2)
     run_ranks(2, run_schedules, tmp_path)
     assert ratio(TOTAL - 1, TOTAL, "linear") == END_RATIO

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.distributed import gathered, run_ranks
 from tests.memory import sampled_memory
-from tests.tiny import GAN, NUM_CODES, make_run, save_initial
+from tests.tiny import GAN, NUM_CODES, make_rank_folders, make_run
 from vqrae_ds.config import ModelConfig, Run, resolve_model
 from vqrae_ds.conversion.pretrained_encoders import import_encoder
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, write_model
@@ -245,9 +245,7 @@ def build_in_bf16(rank: int, folder: Path) -> None:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """With a folder to start from for each of up to three ranks."""
-    for rank in range(3):
-        (tmp_path / f"rank{rank}").mkdir()
-        save_initial(tmp_path / f"rank{rank}" / "initial")
+    make_rank_folders(tmp_path, 3)
     return tmp_path
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import run_ranks
-from tests.tiny import images_of, make_run, save_initial
+from tests.tiny import images_of, make_rank_folders, make_run
 from vqrae_ds import checkpoint
 from vqrae_ds.checkpoint import TrainState
 from vqrae_ds.config import Run
@@ -198,9 +198,7 @@ def train_layouts(rank: int, folder: Path, names: list[str]) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("partitions")
-    for rank in range(3):
-        (folder / f"rank{rank}").mkdir()
-        save_initial(folder / f"rank{rank}" / "initial")
+    make_rank_folders(folder, 3)
     for ranks in (2, 3):
         names = [name for name, layout in LAYOUTS.items() if layout.ranks == ranks]
         run_ranks(ranks, train_layouts, folder, names, timeout_seconds=400)

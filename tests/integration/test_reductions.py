@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_ranks
-from tests.tiny import PlainEngine, build_model, images_of, make_run, save_initial
+from tests.tiny import PlainEngine, build_model, images_of, make_rank_folders, make_run
 from vqrae_ds.calibration import calibrate
 from vqrae_ds.config import Run
 from vqrae_ds.data.stream import Batch, EvaluationBatch
@@ -119,9 +119,7 @@ def window_of_a_larger_output(folder: Path, quantizer: Quantizer) -> list[float]
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reductions")
-    for rank in range(2):
-        (folder / f"rank{rank}").mkdir()
-        save_initial(folder / f"rank{rank}" / "initial")
+    make_rank_folders(folder, 2)
     run_ranks(2, measure, folder)
     found = [torch.load(folder / f"measured{rank}.pt", weights_only=True) for rank in range(2)]
     return folder, [Measures(*measures) for measures in found]

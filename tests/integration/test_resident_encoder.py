@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed import run_ranks
 from tests.integration.test_memory_keys import take_steps
-from tests.tiny import build_model, images_of, make_run, save_initial
+from tests.tiny import build_model, images_of, make_rank_folders, make_run
 from vqrae_ds.config import Run
 
 pytestmark = pytest.mark.slow
@@ -107,7 +107,5 @@ def run_everything(rank: int, folder: Path) -> None:
 
 
 def test_the_same_steps_and_nothing_gathered(tmp_path: Path) -> None:
-    for rank in range(2):
-        (tmp_path / f"rank{rank}").mkdir()
-        save_initial(tmp_path / f"rank{rank}" / "initial")
+    make_rank_folders(tmp_path, 2)
     run_ranks(2, run_everything, tmp_path)

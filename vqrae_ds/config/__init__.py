@@ -10,6 +10,7 @@ from vqrae_ds.config.losses import AdversarialConfig, DistillationConfig, LossCo
 from vqrae_ds.config.model import DecoderConfig, ModelConfig, resolve_model
 from vqrae_ds.config.reading import Run, Schedule, check_same_model, describe, read_run
 from vqrae_ds.config.schema import (
+    DataConfig,
     GuardConfig,
     InitConfig,
     LearningRateMultiplierConfig,
@@ -18,6 +19,7 @@ from vqrae_ds.config.schema import (
 
 __all__ = [
     "AdversarialConfig",
+    "DataConfig",
     "DecoderConfig",
     "DistillationConfig",
     "GuardConfig",

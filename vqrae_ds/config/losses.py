@@ -9,45 +9,46 @@ from pydantic import model_validator
 from vqrae_ds.config.checking import NotNegative, Positive, Section, Text, Weight
 
 
-class ReconstructionConfig(Section):
+class LossTerm(Section):
+    """What every term has: its weight, and the first step in which it takes part."""
+
+    weight: Weight = 1.0
+    start_step: NotNegative = 0
+
+
+class ReconstructionConfig(LossTerm):
     """Mean squared error of pixels in [0, 1]."""
 
-    weight: Weight = 1.0
-    start_step: NotNegative = 0
 
-
-class PerceptualConfig(Section):
+class PerceptualConfig(LossTerm):
     """LPIPS with VGG16, evaluated on every `every_steps`-th step with as many times the weight."""
 
-    weight: Weight = 1.0
-    start_step: NotNegative = 0
     every_steps: Positive = 1
     # A file of tools/make_lpips_weights.py; torchvision's cache if left out.
     weights: Text | None = None
 
 
-class ConvNextConfig(Section):
+class ConvNextConfig(LossTerm):
     """Mean squared error of ConvNeXt-S logits at 224 px, as in the code that the paper builds on.
 
     Evaluated on the same steps as `every_steps` says, with as many times the weight.
     """
 
     weight: Weight = 0.1
-    start_step: NotNegative = 0
     every_steps: Positive = 1
     # convnext_small-0c510722.pth of torchvision, or safetensors; its cache if left out.
     weights: Text | None = None
 
 
-class AdversarialConfig(Section):
+class AdversarialConfig(LossTerm):
     """A discriminator with hinge losses.
 
     `patch` is pix2pix's and VQGAN's; `blur_pool` is that of the code that the paper builds on.
     """
 
     weight: Weight = 0.1
-    start_step: NotNegative = 0  # first step at which the generator sees the discriminator
-    # First step that trains the discriminator; `start_step` if left out.
+    # First step that trains the discriminator. At `start_step`, the same if this is left out, the
+    # generator begins to see it.
     discriminator_start_step: NotNegative | None = None
     adaptive: bool = True  # scale by the ratio of gradient norms at the decoder's last layer
     discriminator: Literal["patch", "blur_pool"] = "patch"
@@ -71,18 +72,13 @@ class AdversarialConfig(Section):
         return self.start_step if first is None else first
 
 
-class QuantizerLossConfig(Section):
+class QuantizerLossConfig(LossTerm):
     """The SimVQ loss."""
 
-    weight: Weight = 1.0
-    start_step: NotNegative = 0
 
-
-class DistillationTerm(Section):
+class DistillationTerm(LossTerm):
     """`l2` is the mean squared error, `cosine` one minus the mean cosine of the tokens."""
 
-    weight: Weight = 1.0
-    start_step: NotNegative = 0
     distance: Literal["l2", "cosine"] = "l2"
 
 

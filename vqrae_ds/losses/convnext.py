@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import convnext_small
 
-from vqrae_ds.losses.perceptual import check_shapes
+from vqrae_ds.losses.perceptual import check_shapes, find_file
+from vqrae_ds.models.encoders import IMAGENET_MEAN, IMAGENET_STD
 
 FILE_NAME = "convnext_small-0c510722.pth"  # torchvision's IMAGENET1K_V1
 SIDE = 224  # px
-MEAN_3 = (0.485, 0.456, 0.406)  # of ImageNet, of red, green and blue
-STD_3 = (0.229, 0.224, 0.225)
 _REMEDY = (
     f"fetch https://download.pytorch.org/models/{FILE_NAME} and set `losses.convnext.weights` to "
     "that file, or set `losses.convnext: null`"
@@ -55,8 +54,9 @@ class ConvNextLoss(nn.Module):
             raise ValueError(
                 f"{path} does not hold the weights of ConvNeXt-S: {_REMEDY}"
             ) from error
-        self.register_buffer("mean_311", torch.tensor(MEAN_3).view(3, 1, 1), persistent=False)
-        self.register_buffer("std_311", torch.tensor(STD_3).view(3, 1, 1), persistent=False)
+        mean_311, std_311 = (torch.tensor(s).view(3, 1, 1) for s in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("mean_311", mean_311, persistent=False)
+        self.register_buffer("std_311", std_311, persistent=False)
         self.float().requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> ConvNextLoss:
@@ -85,11 +85,7 @@ def find_weights(weights: Path | None) -> Path:
 
     Raises `ValueError`, saying what to do, when there is no such file.
     """
-    cached = Path(torch.hub.get_dir(), "checkpoints", FILE_NAME)
-    path = cached if weights is None else Path(weights)
-    if not path.is_file():
-        raise ValueError(f"the ConvNeXt loss needs {path}, which is missing: {_REMEDY}")
-    return path
+    return find_file(weights, FILE_NAME, "the ConvNeXt loss", _REMEDY)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

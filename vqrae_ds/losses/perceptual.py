@@ -65,10 +65,18 @@ def find_weights(weights: Path | None) -> Path:
 
     Raises `ValueError`, saying what to do, when there is no such file.
     """
-    cached = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")
-    path = cached if weights is None else Path(weights)
+    return find_file(weights, "vgg16-397923af.pth", "the perceptual loss", _REMEDY)
+
+
+def find_file(weights: Path | None, cached: str, needed_by: str, remedy: str) -> Path:
+    """`weights`, or with None the file `cached` of torchvision's cache.
+
+    Raises `ValueError` with `needed_by` and the `remedy` when there is no such file.
+    """
+    in_cache = Path(torch.hub.get_dir(), "checkpoints", cached)
+    path = in_cache if weights is None else Path(weights)
     if not path.is_file():
-        raise ValueError(f"the perceptual loss needs {path}, which is missing: {_REMEDY}")
+        raise ValueError(f"{needed_by} needs {path}, which is missing: {remedy}")
     return path
 
 
