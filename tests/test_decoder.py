@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqrae_ds.config import DecoderConfig
-from vqrae_ds.models.decoder import Attention, Block, Decoder, PositionEmbedding, unpatchify
+from vqrae_ds.models.decoder import (
+    Attention,
+    Block,
+    Decoder,
+    PositionEmbedding,
+    patchify,
+    unpatchify,
+)
 
 CONFIG = {
     "hidden_size": 24,
@@ -33,7 +40,7 @@ def make_decoder(**changes: Any) -> Decoder:
     return Decoder(make_config(**changes), SIDE, PATCH_SIZE)
 
 
-def patchify(images_B3HW: Tensor, q: int) -> Tensor:
+def cut_in_patches(images_B3HW: Tensor, q: int) -> Tensor:
     """Images -> patches (B, h, w, 3 * q * q), patch by patch."""
     H, W = images_B3HW.shape[2:]
     rows = [
@@ -44,11 +51,12 @@ def patchify(images_B3HW: Tensor, q: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("h", "w", "q"), [(2, 3, 4), (1, 1, 14), (5, 2, 1)])
-def test_unpatchify_is_the_inverse_of_patchify(h: int, w: int, q: int) -> None:
+def test_patchify_cuts_and_unpatchify_is_its_inverse(h: int, w: int, q: int) -> None:
     images = torch.rand(2, 3, h * q, w * q)
-    patches = patchify(images, q)
+    patches = cut_in_patches(images, q)
     assert patches.shape == (2, h, w, 3 * q * q)
     assert torch.equal(unpatchify(patches), images)
+    assert torch.equal(patchify(images, h), patches)
 
 
 def test_attention_is_the_textbook_formula() -> None:

@@ -1,9 +1,9 @@
 """The objective of both stages: the only place where loss weights and start steps are applied.
 
-The image losses are differentiated down to the output of the decoder's head and no further; the
-engine then runs one backward of a surrogate with the same gradient. So no loss reaches through an
-engine's output, each image loss is differentiated once, and the adaptive weight comes from
-gradients that are there anyway.
+The image losses are differentiated down to the image, which is the output of the decoder's head in
+another order, and no further; the engine then runs one backward of a surrogate with the same
+gradient. So no loss reaches through an engine's output, each image loss is differentiated once, and
+the adaptive weight comes from gradients that are there anyway.
 
 A step reduces over the ranks once at most, four numbers: two for the adaptive weight, which is that
 of the first micro batch, and the mean logits of the step before for LeCam.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vqrae_ds.config import LossConfig
 from vqrae_ds.losses import adversarial, distillation
 from vqrae_ds.losses.lecam import LeCam
-from vqrae_ds.models.decoder import unpatchify
+from vqrae_ds.models.decoder import patchify, unpatchify
 from vqrae_ds.models.training_model import TrainingOutput
 
 
@@ -77,15 +77,14 @@ class Objective:
     def generator(self, output: TrainingOutput, images_B3HW: Tensor, step: int) -> GeneratorLoss:
         """The generator's loss at `step`, counted from 0, on images in [0, 1]."""
         config, vqrae, terms = self.config, output.vqrae, {}
-        patches_BhwP = vqrae.patches_BhwP.detach().float().requires_grad_()
-        images_hat_B3HW = unpatchify(patches_BhwP)
+        images_hat_B3HW = unpatchify(vqrae.patches_BhwP.detach().float()).requires_grad_()
 
         image_loss = self._image_loss(images_hat_B3HW, images_B3HW, step, terms)
-        (grad_BhwP,) = torch.autograd.grad(image_loss, patches_BhwP)
-        total = image_loss.detach()
+        (grad_B3HW,) = torch.autograd.grad(image_loss, images_hat_B3HW)
+        grad_BhwP, total = patchify(grad_B3HW, vqrae.patches_BhwP.shape[1]), image_loss.detach()
         if is_on(config.adversarial, step):
             loss, adversarial_grad_BhwP = self._adversarial(
-                patches_BhwP, grad_BhwP, vqrae.hidden_BND.detach(), step, terms
+                images_hat_B3HW, grad_BhwP, vqrae.hidden_BND.detach(), step, terms
             )
             grad_BhwP, total = grad_BhwP + adversarial_grad_BhwP, total + loss
 
@@ -162,7 +161,7 @@ class Objective:
 
     def _adversarial(
         self,
-        patches_BhwP: Tensor,
+        images_hat_B3HW: Tensor,
         image_grad_BhwP: Tensor,
         hidden_BND: Tensor,
         step: int,
@@ -170,9 +169,9 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """The weighted term (detached) and its weighted gradient at the patches."""
         self.discriminator.requires_grad_(False)  # its gradients belong to its own step
-        # A second unpatchify keeps this graph apart from that of the image losses, which is freed.
-        loss = adversarial.generator_loss(self.discriminator(unpatchify(patches_BhwP)))
-        (grad_BhwP,) = torch.autograd.grad(loss, patches_BhwP)
+        loss = adversarial.generator_loss(self.discriminator(images_hat_B3HW))
+        (grad_B3HW,) = torch.autograd.grad(loss, images_hat_B3HW)
+        grad_BhwP = patchify(grad_B3HW, image_grad_BhwP.shape[1])
         self.discriminator.requires_grad_(True)
         terms["loss/adversarial"] = loss.detach()
         weight = self.config.adversarial.weight

@@ -157,6 +157,12 @@ class Decoder(nn.Module):
         return DecoderOutput(patches_BhwP, hidden_BND)
 
 
+def patchify(images_B3HW: Tensor, h: int) -> Tensor:
+    """Images (B, 3, h*q, w*q) -> patches (B, h, w, 3 * q * q): the inverse of `unpatchify`."""
+    q = images_B3HW.shape[-2] // h
+    return rearrange(images_B3HW, "b c (h p) (w q) -> b h w (c p q)", p=q, q=q)
+
+
 def unpatchify(patches_BhwP: Tensor) -> Tensor:
     """Patches (B, h, w, 3 * q * q), each a flattened (3, q, q), -> images (B, 3, h*q, w*q)."""
     q = round((patches_BhwP.shape[-1] / 3) ** 0.5)
