@@ -1,0 +1,82 @@
+"""Which checkpoint a run goes on from, or starts from: the newest that is intact, and fits."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+
+from vqrae_ds import manifest
+from vqrae_ds.checkpoint.names import MODEL_CONFIG, RUN
+from vqrae_ds.config import Run, check_same_model
+from vqrae_ds.config.files import read_json
+from vqrae_ds.config.resuming import check_same_run
+from vqrae_ds.ranks import failing_together, from_rank_0, gather
+
+logger = logging.getLogger(__name__)
+
+
+def find(run: Run) -> Path | None:
+    """The newest intact checkpoint of the run, the same on every rank; None for a fresh start.
+
+    The ranks share the reading. Raises `ValueError` on every rank, before anything is built, where
+    the newest one belongs to the other stage or to another number of ranks, or was written with a
+    configuration that a resume must not change.
+    """
+    checkpoints = Path(run.config.run.output_dir) / "checkpoints"
+    for folder in from_rank_0(lambda: manifest.complete_steps(checkpoints)):
+        if damage := _find_damage(folder):
+            logger.warning("passing over %s: %s", folder, "; ".join(damage))
+            continue
+        with failing_together():
+            _check_fits(folder, run)
+        return folder
+    return None
+
+
+def resolve_start(run: Run) -> Run:
+    """The run with `init.from_run` naming the newest intact step folder of what it named.
+
+    The same on every rank; the ranks share the reading. Raises `ValueError` on every rank, before
+    anything is built, where none is intact. Without `init.from_run` nothing changes.
+    """
+    start = run.config.init.from_run
+    if start is None:
+        return run
+    folders: list[Path] = []
+    with failing_together():
+        if dist.get_rank() == 0:
+            folders = manifest.find_step_folders(Path(start))
+            manifest.read_manifest(folders[0])
+    damage: list[str] = []
+    for folder in from_rank_0(lambda: folders):
+        damage = _find_damage(folder)
+        if not damage:
+            logger.info("weights to start from: %s", folder)
+            init = run.config.init.model_copy(update={"from_run": str(folder)})
+            return run._replace(config=run.config.model_copy(update={"init": init}))
+        logger.warning("passing over %s: %s", folder, "; ".join(damage))
+    raise ValueError(f"init.from_run: {start} holds no intact checkpoint: {'; '.join(damage)}")
+
+
+def _find_damage(folder: Path) -> list[str]:
+    """A line for each file that is not what the manifest says; each rank reads its share."""
+    found = from_rank_0(lambda: manifest.read_manifest(folder))
+    mine = dict(list(found.files.items())[dist.get_rank() :: dist.get_world_size()])
+    return sum(gather(manifest.find_damage(folder, found._replace(files=mine))), [])
+
+
+def _check_fits(folder: Path, run: Run) -> None:
+    found = manifest.read_manifest(folder)
+    if found.stage != run.config.stage:
+        raise ValueError(f"run.output_dir: {folder} belongs to stage {found.stage}: choose another")
+    if found.world_size != dist.get_world_size():
+        raise ValueError(
+            f"{folder} was written by {found.world_size} ranks and this run has "
+            f"{dist.get_world_size()}: start with the same number"
+        )
+    if (folder / RUN).is_file():
+        check_same_run(run, read_json(folder / RUN, "run.output_dir"), folder / RUN)
+    else:  # of an earlier version
+        check_same_model(run.config.model, folder / MODEL_CONFIG, "run.output_dir")
