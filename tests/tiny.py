@@ -147,6 +147,7 @@ def setup_of(
         objective=objective,
         perceptual=None,
         guard=Guard(guard or GuardConfig()),
+        stop=None,
         ema=None,
         batches=iter(()),
         num_samples=0,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vqrae_ds.config import DataConfig, LossConfig, Run
+from vqrae_ds.stopping import StopRequest
 from vqrae_ds.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vqrae_ds.losses.objective import Objective
     from vqrae_ds.losses.perceptual import PerceptualLoss
     from vqrae_ds.sharding.ema import WeightAverage
+    from vqrae_ds.stopping import StopVote
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Setup(NamedTuple):
     objective: Objective
     perceptual: PerceptualLoss | None
     guard: Guard
+    stop: StopVote
     ema: WeightAverage | None
     batches: Iterator[Batch]
     num_samples: int  # of the training data
@@ -44,10 +47,13 @@ class Setup(NamedTuple):
     state: TrainState
 
 
-def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
+def prepare(
+    run: Run, watchdog: Watchdog | None = None, stop_request: StopRequest | None = None
+) -> Setup:
     """Read the data's index, build the engines, and load what there is to go on from.
 
-    `watchdog` hears of each part that begins.
+    `watchdog` hears of each part that begins. `stop_request` is obeyed by the loop; without it
+    only the file of the run's folder is.
     Raises `ValueError` where something that the run needs is missing or does not fit.
     """
     # Imported here, so that a mistake in the configuration does not wait for torch.
@@ -57,6 +63,7 @@ def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
     from vqrae_ds.guard import Guard
     from vqrae_ds.sharding import first_weights
     from vqrae_ds.sharding.ema import WeightAverage
+    from vqrae_ds.stopping import StopVote
 
     config = run.config
     watchdog = watchdog or watchdog_of(run, rank=0)
@@ -87,7 +94,8 @@ def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
         images = _training_batches(run, ranks, index, start=0)
         images = watchdog.watching(images, "the calibration")
         calibrate(generator, images, config.run.calibration_images, ranks.device)
-    objective, perceptual = _objective(run, ranks, discriminator)
+    stop = StopVote(stop_request or stop_request_of(run), ranks.rank, ranks.device)
+    objective, perceptual = _objective(run, ranks, discriminator, stop)
     return Setup(
         ranks,
         generator,
@@ -95,6 +103,7 @@ def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
         objective,
         perceptual,
         Guard(config.guard, extra.get("guard")),
+        stop,
         ema,
         _training_batches(run, ranks, index, start=state.samples),
         index.num_samples,
@@ -107,6 +116,11 @@ def watchdog_of(run: Run, rank: int) -> Watchdog:
     """The watchdog of a rank; it watches as a context."""
     folder = Path(run.config.run.output_dir) / "stacks"
     return Watchdog(run.config.guard.no_progress_seconds, folder, rank)
+
+
+def stop_request_of(run: Run) -> StopRequest:
+    """The wish to end the run before its last step."""
+    return StopRequest(Path(run.config.run.output_dir))
 
 
 def set_learning_rates(
@@ -147,9 +161,8 @@ def _check_same_data(extra: dict[str, Any], index: ShardIndex, path: str) -> Non
 
 
 def _objective(
-    run: Run, ranks: Ranks, discriminator: DeepSpeedEngine | None
+    run: Run, ranks: Ranks, discriminator: DeepSpeedEngine | None, stop: StopVote
 ) -> tuple[Objective, PerceptualLoss | None]:
-    from vqrae_ds.engines import mean_over_ranks
     from vqrae_ds.losses.convnext import ConvNextLoss
     from vqrae_ds.losses.objective import Objective
     from vqrae_ds.losses.perceptual import PerceptualLoss
@@ -162,7 +175,7 @@ def _objective(
         weights = losses.convnext.weights
         convnext = ConvNextLoss(weights and Path(weights)).to(ranks.device)
     module = discriminator and discriminator.module
-    return Objective(losses, perceptual, convnext, module, mean_over_ranks), perceptual
+    return Objective(losses, perceptual, convnext, module, stop.mean_over_ranks), perceptual
 
 
 def _needs_calibration(run: Run) -> bool:

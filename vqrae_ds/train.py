@@ -6,7 +6,7 @@ A step: next batch -> engine forward -> objective -> is it sound? -> backward, s
 discriminator's turn. What is due after it, in this order: log, validation, checkpoint. The same
 command again resumes.
 
-Exit status: 0 done, 1 failed, 2 a user's mistake, 3 hung (watchdog).
+Exit status: 0 done, 85 asked to stop (`stopping`), 1 failed, 2 a user's mistake, 3 hung (watchdog).
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vqrae_ds.command_line import USER_ERRORS, exit_with
 from vqrae_ds.config import Run, describe, parse_command_line
-from vqrae_ds.preparation import Setup, prepare, set_learning_rates, watchdog_of
+from vqrae_ds.preparation import (
+    Setup,
+    prepare,
+    set_learning_rates,
+    stop_request_of,
+    watchdog_of,
+)
 from vqrae_ds.run_folder import record
+from vqrae_ds.stopping import PREEMPTED_STATUS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +42,10 @@ logger = logging.getLogger("vqrae_ds.train")
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on by itself; the message says why, and where its last checkpoint is."""
+
+
+class Preempted(RuntimeError):
+    """The run was asked to stop, and goes on when it is started again."""
 
 
 class MicroStep(NamedTuple):
@@ -55,9 +66,11 @@ def main() -> None:
         return
     rank = int(os.environ.get("RANK", "0"))
     _configure_logging(rank)
+    stop_request = stop_request_of(run)
+    stop_request.catch_signals()
     try:
         with watchdog_of(run, rank) as watchdog:
-            setup = prepare(run, watchdog)
+            setup = prepare(run, watchdog, stop_request)
     except USER_ERRORS as error:
         logger.debug("the mistake was found here", exc_info=True)  # VQRAE_LOG_LEVEL=DEBUG shows it
         exit_with(error)
@@ -65,12 +78,16 @@ def main() -> None:
         train(run, setup)
     except TrainingStopped as stop:
         exit_with(stop, silent=rank != 0, status=1)
+    except Preempted as stop:
+        logger.warning("%s", stop)
+        sys.exit(PREEMPTED_STATUS)
 
 
 def train(run: Run, setup: Setup) -> None:
     """The loop: from `setup.state` to the last step.
 
-    Raises `TrainingStopped`, after a checkpoint, where too many steps in a row had to be skipped.
+    Raises, after a checkpoint, `TrainingStopped` where too many steps in a row had to be skipped,
+    and `Preempted` where the run was asked to stop.
     """
     from vqrae_ds import engines
     from vqrae_ds.monitoring.monitor import Monitor
@@ -78,14 +95,16 @@ def train(run: Run, setup: Setup) -> None:
 
     config, (sizes, total_steps) = run.config, run.schedule
     guard, state = setup.guard, setup.state
-    if setup.ranks.rank == 0 and state.step < total_steps:
+    is_first, is_stopping = setup.ranks.rank == 0, setup.stop.at_once()
+    if is_first and state.step < total_steps:
         record(run)
+        setup.stop.request.clear_marks()
     with (
         watchdog_of(run, setup.ranks.rank) as watchdog,
         closing(Monitor(run, state.step)) as monitor,
         closing(StepProfiler(run)) as profiler,
     ):
-        while state.step < total_steps and not guard.must_stop():
+        while state.step < total_steps and not guard.must_stop() and not is_stopping:
             watchdog.beat(f"step {state.step + 1}")
             is_logged = is_due(state.step + 1, config.monitor.log_every_steps, total_steps)
             with profiler.step(state.step + 1):
@@ -99,24 +118,30 @@ def train(run: Run, setup: Setup) -> None:
                 finish_step(setup, state.step)
             monitor.window.add_step(setup.generator.module.vqrae.quantizer)
             state = state._replace(step=state.step + 1, samples=state.samples + sizes.global_batch)
+            is_stopping = setup.stop.count()
 
             if is_logged:
                 monitor.add_gradients(squares)
                 rates = engines.learning_rates(setup.generator, setup.discriminator)
                 guard.learn(monitor.log(state.step, state.samples, rates, _numbers(setup)))
             with monitor.paused():
-                if is_due(state.step, config.monitor.validate_every_steps, total_steps):
+                is_validated = is_due(state.step, config.monitor.validate_every_steps, total_steps)
+                if is_validated and (not is_stopping or state.step == total_steps):
                     _validate(run, setup, monitor, watchdog, state.step)
                 is_saved = is_due(state.step, config.checkpoint.every_steps, total_steps)
-                if is_saved or guard.must_stop():
+                if is_saved or guard.must_stop() or is_stopping:
                     watchdog.beat(f"the checkpoint after step {state.step}")
                     folder = _save(run, setup, state)
+        if is_first and not guard.must_stop():
+            setup.stop.request.leave_mark(is_done=state.step == total_steps)
         engines.stop()
     if guard.must_stop():
         raise TrainingStopped(
             f"{guard.skipped_in_a_row} steps in a row were skipped, the last: {guard.reason()}. "
             f"{folder} holds the weights of the last step that was taken"
         )
+    if state.step < total_steps:
+        raise Preempted(f"asked to stop after step {state.step}: the same command goes on from it")
     logger.info("done: %d steps, %s", state.step, config.run.output_dir)
 
 

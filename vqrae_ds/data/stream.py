@@ -10,6 +10,7 @@ Suffixes: B samples, 3 channels, H height, W width.
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vqrae_ds.data.decode import Augmentation, SampleSeed, centre_crop, decode_sample, random_crop
 from vqrae_ds.data.index import ShardIndex
+from vqrae_ds.stopping import SIGNALS
 
 
 class Batch(NamedTuple):
@@ -108,6 +110,7 @@ def training_batches(
         collate_fn=_collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_stopping_to_the_rank,
         pin_memory=torch.cuda.is_available(),
         # A loader draws a number as it starts; a resumed run must not take it from the model's RNG.
         generator=torch.Generator(),
@@ -151,6 +154,15 @@ class _TrainingSet(Dataset):
         crop_seed = SampleSeed(self.order.seed, epoch, number)
         choose_crop = partial(random_crop, augmentation=self.augmentation, seed=crop_seed)
         return _Item(decode_sample(sample, choose_crop, image_size=self.image_size), sample.key)
+
+
+def _leave_stopping_to_the_rank(_: int) -> None:
+    """A signal that reaches every process of a job must not take the data from a rank that obeys.
+
+    A worker ends when its rank ends.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items: list[_Item]) -> Batch:

@@ -1,0 +1,146 @@
+"""Runs that are asked to stop: all ranks agree, save, say so, and go on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tests.distributed import run_ranks
+from tests.integration.test_endings import ranks_of
+from tests.launching import (
+    SAVE_EVERY,
+    STEPS,
+    command,
+    environment,
+    make_inputs,
+    train,
+    write_configs,
+)
+from vqrae_ds.benchmarks.counting import counted
+from vqrae_ds.conversion.consolidate import consolidate
+from vqrae_ds.evaluation.summary import read_metrics
+from vqrae_ds.manifest import find_step_folder, read_manifest
+from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS, STOP, StopRequest, StopVote
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+
+
+def vote(rank: int, folder: Path) -> None:
+    request = StopRequest(folder)
+    request.catch_signals()
+    votes = StopVote(request, rank, CPU)
+    assert not votes.at_once()
+
+    with counted("cpu") as calls:
+        mean_2 = votes.mean_over_ranks(torch.tensor([1.0 + rank, 10.0 * rank]))
+        assert not votes.count()
+    assert mean_2.tolist() == [2.0, 10.0]
+    assert calls.collectives.total() == 1, "the wishes go along with what is reduced anyway"
+    with counted("cpu") as calls:
+        assert not votes.count()
+    assert calls.collectives.total() == 1, "and alone where nothing is"
+    assert not calls.waits
+
+    if rank == 1:  # one rank, and it is not the first
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert not votes.count(), "the outcome of the step before"
+    assert votes.count()
+    assert votes.at_once()
+    votes.mean_over_ranks(torch.zeros(2))
+    votes.count()
+    assert votes.count(), "whichever way the wish took"
+
+    by_file = StopVote(StopRequest(folder), rank, CPU)
+    assert not by_file.at_once()
+    dist.barrier()
+    if rank == 2:
+        (folder / STOP).touch()
+    dist.barrier()
+    assert by_file.at_once()
+
+
+def test_the_wish_of_one_rank_is_that_of_all(tmp_path):
+    run_ranks(3, vote, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, lpips_weights) -> Path:
+    folder = tmp_path_factory.mktemp("stopping")
+    make_inputs(folder)
+    write_configs(folder, lpips_weights)
+    train(folder, 1, f"run.output_dir={folder / 'straight'}")
+    assert (folder / "straight" / DONE).exists()
+    return folder
+
+
+def ask_by_signals(launcher: subprocess.Popen, _: Path) -> None:
+    """As SLURM does it: every process of the rank's, its loader's worker too, and twice."""
+    victim = ranks_of(launcher)[-1]
+    for process in (victim, *victim.children(recursive=True)):
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+    victim.send_signal(signal.SIGTERM)
+
+
+def ask_by_file(_: subprocess.Popen, run_folder: Path) -> None:
+    (run_folder / STOP).touch()
+
+
+@pytest.mark.parametrize("ask", [ask_by_signals, ask_by_file])
+def test_a_run_that_was_stopped_ends_with_the_same_weights(folder, ask):
+    run_folder = folder / ask.__name__
+    log_path = folder / f"{ask.__name__}.log"
+    with open(log_path, "w") as log:
+        launcher = subprocess.Popen(
+            command(folder, 1, f"run.output_dir={run_folder}"),
+            env=environment(),
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        metrics, deadline = run_folder / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.is_file() and '"step": 10,' in metrics.read_text()):
+            assert launcher.poll() is None, log_path.read_text()
+            assert time.monotonic() < deadline, "the run never got to the step"
+            time.sleep(0.02)
+        ask(launcher, run_folder)
+        status = launcher.wait(timeout=90)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+    log = log_path.read_text()
+    assert status == PREEMPTED_STATUS, log
+    assert "asked to stop after step" in log and "Traceback" not in log, log
+    assert (run_folder / PREEMPTED).exists()
+    assert not (run_folder / DONE).exists() and not (run_folder / STOP).exists()
+    stopped_at = read_manifest(find_step_folder(run_folder)).step
+    assert 10 < stopped_at < STEPS and stopped_at % SAVE_EVERY != 0, "a checkpoint of its own"
+    assert read_metrics(run_folder)[-1]["step"] == stopped_at
+
+    train(folder, 1, f"run.output_dir={run_folder}")
+    assert (run_folder / DONE).exists() and not (run_folder / PREEMPTED).exists()
+    for name in ("straight", ask.__name__):
+        output = folder / f"{name}_{ask.__name__}_weights"
+        consolidate(find_step_folder(folder / name), output, to="stage2")
+    ours, straight = (
+        load_file(folder / f"{name}_{ask.__name__}_weights" / "model.safetensors")
+        for name in (ask.__name__, "straight")
+    )
+    assert ours.keys() == straight.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, straight[name]), name
