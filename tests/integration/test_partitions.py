@@ -184,10 +184,9 @@ def train_layout(rank: int, folder: Path, name: str) -> None:
     for both in ((engine, ema), (again, resumed_ema)):
         take_step(both[0], rank, STEPS)
         both[1].update()
-    for mine, other in zip(
-        ema.state_dict()["averages"], resumed_ema.state_dict()["averages"], strict=True
-    ):
-        assert torch.equal(mine, other)
+    mine, other = (held_averages(*both) for both in ((engine, ema), (again, resumed_ema)))
+    for parameter in mine:
+        assert torch.equal(mine[parameter], other[parameter]), parameter
 
 
 def train_layouts(rank: int, folder: Path, names: list[str]) -> None:
