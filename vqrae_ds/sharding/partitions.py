@@ -119,12 +119,8 @@ def prepare_loading(engine: Any) -> None:
 def set_optimizer_state(engine: Any, states: list[dict[str, Any]]) -> None:
     """Replace what the base optimizer keeps for each vector of `stepped`: by element in a tensor
     of its length and place, else a number or a 0-dim tensor on the host."""
-    optimizer = engine.optimizer
-    for flat, state in zip(stepped(engine), states, strict=True):
-        optimizer.optimizer.state[flat] = state
-    if not _is_zero_3(optimizer):  # each parameter has views of its part, made at the first step
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
+    for vector, state in zip(stepped(engine), states, strict=True):
+        engine.optimizer.optimizer.state[vector] = state
 
 
 def publish_masters(engine: Any) -> None:
