@@ -98,14 +98,6 @@ def resident_state(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return resident.state(engine.module)
 
 
-def load_resident(engine: DeepSpeedEngine, tensors: dict[str, Tensor]) -> None:
-    """Set what `resident_state` gives. All ranks call it; the tensors are those of rank 0.
-
-    Raises `ValueError`, on all ranks together, where names or shapes are others.
-    """
-    resident.load(engine.module, tensors)
-
-
 def stop() -> None:
     """Leave the process group, all ranks together."""
     dist.barrier()
@@ -161,8 +153,6 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     if fill:
         for module in (model, *resident.resident_modules(model).values()):
             first_weights.check_filled(module)
-    else:
-        _forget_node_copies(model)
     if _has_fp32_masters_of_bf16(run):
         with failing_together():
             _set_masters(engine, sources)
@@ -245,18 +235,6 @@ def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:
             share = source.read_range(parameter.ds_zero_partition_rank * size, size).float()
             padded = F.pad(share, (0, size - len(share)))  # the last ranks' shares are
             safe_set_local_fp32_param(parameter, padded.to(engine.device))
-
-
-def _forget_node_copies(model: TrainingModel) -> None:
-    """hpZ keeps a second partition of each parameter, that of a frozen one for good.
-
-    A checkpoint is loaded into the first alone. Where there is no second it is made from the first
-    at the next gathering.
-    """
-    for parameter in model.parameters():
-        if getattr(parameter, "ds_secondary_tensor", None) is not None:
-            parameter.partition()  # one that is still whole would make a second from what it holds
-            parameter.ds_secondary_tensor = None
 
 
 def _has_fp32_masters_of_bf16(run: Run) -> bool:

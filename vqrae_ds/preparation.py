@@ -61,7 +61,6 @@ def prepare(
     from vqrae_ds.calibration import calibrate
     from vqrae_ds.data.index import read_index
     from vqrae_ds.guard import Guard
-    from vqrae_ds.sharding import first_weights
     from vqrae_ds.sharding.ema import WeightAverage
     from vqrae_ds.stopping import StopVote
 
@@ -85,9 +84,9 @@ def prepare(
     state, extra = checkpoint.TrainState(), {}
     if folder is not None:
         watchdog.beat(f"the loading of {folder}")
-        state, extra, resident = checkpoint.resume(folder, generator, discriminator, ema)
-        engines.load_resident(generator, resident)
-        first_weights.check_filled(generator.module)
+        state, extra = checkpoint.resume(
+            folder, generator, discriminator, ema, seed=config.run.seed
+        )
         set_learning_rates(generator, discriminator, config.losses, state.step)
         _check_same_data(extra, index, config.data.train)
     elif _needs_calibration(run):

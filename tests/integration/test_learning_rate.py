@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed import run_ranks
 from tests.tiny import GAN, images_of, make_rank_folders, make_run, setup_of
+from vqrae_ds.checkpoint import TrainState
 from vqrae_ds.config import Run
 
 pytestmark = pytest.mark.slow
@@ -49,7 +50,7 @@ def scheduled_run(folder: Path, kind: str) -> Run:
         folder,
         2,
         losses=LOSSES,
-        run={"total_steps": TOTAL},
+        run={"total_steps": TOTAL, "output_dir": str(folder.parent / kind)},
         lr_multiplier=MULTIPLIERS,
         deepspeed={
             "optimizer": {"type": "SGD", "params": {"lr": BASE}},
@@ -100,23 +101,20 @@ def record_rates(engine, used: dict[str, float]) -> None:
 
 
 def run_schedules(rank: int, folder: Path) -> None:
-    from vqrae_ds import engines
+    from vqrae_ds import checkpoint, engines
 
     for kind in ("linear", "log"):
         run = scheduled_run(folder / f"rank{rank}", kind)
         generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
         take_steps(generator, discriminator, run, rank, range(SAVED_AFTER), kind)
-        tags = {"generator": generator, "discriminator": discriminator}
-        for tag, engine in tags.items():
-            engine.save_checkpoint(str(folder / kind), tag=tag, save_latest=False)
+        saved = checkpoint.save(run, generator, discriminator, TrainState(SAVED_AFTER))
         take_steps(generator, discriminator, run, rank, range(SAVED_AFTER, TOTAL), kind)
         last = {part: BASE * factor * END_RATIO for part, factor in MULTIPLIERS.items()}
         assert engines.learning_rates(generator, discriminator) == pytest.approx(last)
 
         generator = engines.build_generator(run, fill=False)
         discriminator = engines.build_discriminator(run, fill=False)
-        for tag, engine in {"generator": generator, "discriminator": discriminator}.items():
-            engine.load_checkpoint(str(folder / kind), tag=tag)
+        checkpoint.resume(saved, generator, discriminator)
         engines.set_learning_rate(generator, SAVED_AFTER)
         engines.set_learning_rate(discriminator, SAVED_AFTER - FIRST_OF_DISCRIMINATOR)
         take_steps(generator, discriminator, run, rank, range(SAVED_AFTER, TOTAL), kind)

@@ -108,7 +108,7 @@ def test_bf16_states_follow_fp32_ones(variants, name: str) -> None:
 
 def run_hpz(rank: int, folder: Path) -> None:
     """The plain engine first: hpZ makes groups of ranks for the rest of the process."""
-    from vqrae_ds import engines
+    from vqrae_ds import checkpoint, engines
 
     batch = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": HPZ_RANKS}
     run = shared_run(rank, folder, {"zero_optimization": ZERO3, **batch}, HPZ_RANKS)
@@ -120,18 +120,18 @@ def run_hpz(rank: int, folder: Path) -> None:
     size = ENCODER["hidden_size"] * ENCODER["intermediate_size"]
     assert weight.ds_tensor.numel() == size / HPZ_RANKS
     assert weight.ds_secondary_tensor.numel() == size / NODE
-    engine.save_checkpoint(str(folder), tag="hpz", save_latest=False)
+    checkpoint.save(run, engine, None, checkpoint.TrainState(SAVED_AFTER))
     losses += take_steps(engine, run, rank, range(SAVED_AFTER, STEPS), 1)
     assert losses == pytest.approx(plain, rel=1e-6)
     torch.save((run, losses), folder / f"hpz{rank}.pt")
 
 
 def resume_hpz(rank: int, folder: Path) -> None:
-    from vqrae_ds import engines
+    from vqrae_ds import checkpoint, engines
 
     run, losses = torch.load(folder / f"hpz{rank}.pt", weights_only=False)
     engine = engines.build_generator(run, fill=False)
-    engine.load_checkpoint(str(folder), tag="hpz")
+    checkpoint.resume(checkpoint.find(run), engine, None)
     engines.set_learning_rate(engine, SAVED_AFTER)
     resumed = take_steps(engine, run, rank, range(SAVED_AFTER, STEPS), 1)
     assert resumed == losses[SAVED_AFTER:]

@@ -134,17 +134,20 @@ def take_step(engine: Any, rank: int, step: int, check: bool = False) -> None:
 
 
 def held_averages(engine: Any, ema: Any) -> dict[str, torch.Tensor]:
-    """The averages gathered by DeepSpeed itself: for a moment they stand in for the masters.
+    """The averages gathered by DeepSpeed itself; where its masters are in bf16, rounded."""
+    return gathered_vectors(engine, ema.state_dict()["averages"])
 
-    Where these are in bf16 they come back rounded.
-    """
+
+def gathered_vectors(engine: Any, vectors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Vectors in the layout of the masters, gathered as these are: for a moment they take their
+    place. DeepSpeed's own way to a moment knows no group but the first one below ZeRO-3."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     from vqrae_ds.sharding.partitions import masters
 
     kept = [master.clone() for master in masters(engine)]
-    for master, average in zip(masters(engine), ema.state_dict()["averages"], strict=True):
-        master.copy_(average)
+    for master, vector in zip(masters(engine), vectors, strict=True):
+        master.copy_(vector[: master.numel()])
     gathered = full(engine, safe_get_full_fp32_param)
     for master, value in zip(masters(engine), kept, strict=True):
         master.copy_(value)
@@ -184,10 +187,9 @@ def train_layout(rank: int, folder: Path, name: str) -> None:
     for both in ((engine, ema), (again, resumed_ema)):
         take_step(both[0], rank, STEPS)
         both[1].update()
-    for mine, other in zip(
-        ema.state_dict()["averages"], resumed_ema.state_dict()["averages"], strict=True
-    ):
-        assert torch.equal(mine, other)
+    mine, other = (held_averages(*both) for both in ((engine, ema), (again, resumed_ema)))
+    for parameter in mine:
+        assert torch.equal(mine[parameter], other[parameter]), parameter
 
 
 def train_layouts(rank: int, folder: Path, names: list[str]) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.distributed import run_ranks
 from tests.integration.test_memory_keys import take_steps
 from tests.tiny import build_model, images_of, make_rank_folders, make_run
+from vqrae_ds.checkpoint import TrainState
 from vqrae_ds.config import Run
 
 pytestmark = pytest.mark.slow
@@ -50,7 +52,6 @@ def run_stage(rank: int, folder: Path, stage: int) -> None:
     run = run_of(folder, stage, "sharded")
     sharded = engines.build_generator(run)
     assert engines.resident_state(sharded) == {}
-    engines.load_resident(sharded, {})
     gathered = gathered_elements(sharded, rank)
     losses = take_steps(sharded, run, rank, range(STEPS))
     names = [n for n in sharded.module.state_dict() if n.startswith(PREFIXES[stage])]
@@ -69,26 +70,45 @@ def run_stage(rank: int, folder: Path, stage: int) -> None:
     assert take_steps(engine, run, rank, range(STEPS)) == pytest.approx(losses, rel=1e-6)
     resident = engine.module.vqrae.encoder if stage == 1 else engine.module.teacher
     assert not resident.training and not any(p.requires_grad for p in resident.parameters())
-    check_loading(rank, run, state)
+    check_loading(rank, folder.parent / "shared", run, sharded, engine)
 
 
-def check_loading(rank: int, run: Run, state: dict[str, torch.Tensor]) -> None:
-    """The tensors of rank 0 arrive on every rank; what does not fit is refused on every rank."""
-    from vqrae_ds import engines
+def check_loading(rank: int, shared: Path, run: Run, sharded, engine) -> None:
+    """Each rank has all of them after a resume; what does not fit is refused on every rank."""
+    from vqrae_ds import checkpoint, engines
 
-    engine = engines.build_generator(run, fill=False)
-    empty = engines.resident_state(engine)
-    assert all(tensor.isnan().all() for tensor in empty.values())
-    engines.load_resident(engine, state if rank == 0 else {})
-    for name, tensor in engines.resident_state(engine).items():
+    output = run.config.run.model_copy(update={"output_dir": str(shared / f"s{run.config.stage}")})
+    run = run._replace(config=run.config.model_copy(update={"run": output}))
+    state = engines.resident_state(engine)
+    saved = checkpoint.save(run, engine, None, TrainState(STEPS), resident=state)
+    again = engines.build_generator(run, fill=False)
+    assert all(tensor.isnan().all() for tensor in engines.resident_state(again).values())
+    checkpoint.resume(saved, again, None)
+    assert engines.resident_state(again).keys() == state.keys()
+    for name, tensor in engines.resident_state(again).items():
         assert torch.equal(tensor, state[name]), name
+    from_shares = checkpoint.save(run, sharded, None, TrainState(STEPS + 1))
+    again = engines.build_generator(run, fill=False)
+    checkpoint.resume(from_shares, again, None)
+    for name, tensor in engines.resident_state(again).items():
+        assert torch.equal(tensor, state[name]), f"{name}, which was sharded"
+
+    again = engines.build_generator(run, fill=False)
     first, *rest = state
-    with pytest.raises(ValueError, match=f"{first} of the resident encoder has shape None"):
-        engines.load_resident(engine, {name: state[name] for name in rest})
-    with pytest.raises(ValueError, match="differs from the run that wrote the checkpoint: set it"):
-        engines.load_resident(engine, {})
+    path = saved / "generator" / "resident.safetensors"
+    rewrite(rank, path, {name: state[name] for name in rest})
+    with pytest.raises(ValueError, match=f"does not fit this run: {first} is missing: go on with"):
+        checkpoint.resume(saved, again, None)
+    rewrite(rank, path, {**state, first: torch.full_like(state[first], torch.nan)})
     with pytest.raises(AssertionError, match=f"no value was given to .*{first.split('.')[-1]}"):
-        engines.load_resident(engine, {**state, first: torch.full_like(state[first], torch.nan)})
+        checkpoint.resume(saved, again, None)
+
+
+def rewrite(rank: int, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    torch.distributed.barrier()
+    if rank == 0:
+        save_file(tensors, path)
+    torch.distributed.barrier()
 
 
 def run_everything(rank: int, folder: Path) -> None:

@@ -11,7 +11,8 @@
       ema_rank_00000.pt     each rank's share of the moving average of the weights, where it is on
       manifest.json         written last: without it the folder does not exist for a resume
 
-DeepSpeed's own marker `latest` is neither atomic nor last, so it is not written.
+DeepSpeed's own marker `latest` is neither atomic nor last, so it is not written. DeepSpeed's reader
+is not used either: `sharding/loading.py` reads what its writer left, on any number of ranks.
 """
 
 from vqrae_ds.checkpoint.finding import find, resolve_start

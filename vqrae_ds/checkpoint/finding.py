@@ -21,8 +21,8 @@ def find(run: Run) -> Path | None:
     """The newest intact checkpoint of the run, the same on every rank; None for a fresh start.
 
     The ranks share the reading. Raises `ValueError` on every rank, before anything is built, where
-    the newest one belongs to the other stage or to another number of ranks, or was written with a
-    configuration that a resume must not change.
+    the newest one belongs to the other stage, or was written with a configuration that a resume
+    must not change. It may be of any number of ranks.
     """
     checkpoints = Path(run.config.run.output_dir) / "checkpoints"
     for folder in from_rank_0(lambda: manifest.complete_steps(checkpoints)):
@@ -71,11 +71,6 @@ def _check_fits(folder: Path, run: Run) -> None:
     found = manifest.read_manifest(folder)
     if found.stage != run.config.stage:
         raise ValueError(f"run.output_dir: {folder} belongs to stage {found.stage}: choose another")
-    if found.world_size != dist.get_world_size():
-        raise ValueError(
-            f"{folder} was written by {found.world_size} ranks and this run has "
-            f"{dist.get_world_size()}: start with the same number"
-        )
     if (folder / RUN).is_file():
         check_same_run(run, read_json(folder / RUN, "run.output_dir"), folder / RUN)
     else:  # of an earlier version

@@ -1,17 +1,20 @@
-"""Load a checkpoint into engines of the same configuration."""
+"""Go on from a checkpoint, over the same or another number of ranks.
+
+All files are read by this project's own readers, which build nothing but data. Everything is opened
+and compared with the engines first, on all ranks together; only then is anything changed.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from torch import Tensor
+import xxhash
 
+from vqrae_ds import manifest
 from vqrae_ds.checkpoint.names import (
     DISCRIMINATOR,
     GENERATOR,
@@ -19,55 +22,82 @@ from vqrae_ds.checkpoint.names import (
     TrainState,
     random_file,
 )
-from vqrae_ds.conversion.rank_files import RESIDENT_FILE, average_file
+from vqrae_ds.config.files import read_json
+from vqrae_ds.conversion.rank_files import entry
+from vqrae_ds.conversion.rank_files import load as load_data
+from vqrae_ds.ranks import failing_together
+from vqrae_ds.sharding import loading
 from vqrae_ds.sharding.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
 
 
 class Resumed(NamedTuple):
-    """What a checkpoint brings beside what `resume` has loaded already.
-
-    `extra` is as it was given to `save`, every float to the last bit. `resident` are the frozen
-    weights by their names in the engine's module, mapped and not loaded.
-    """
+    """How far the run is; `extra` is as it was given to `save`, every float to the last bit."""
 
     state: TrainState
     extra: dict[str, Any]
-    resident: dict[str, Tensor]
 
 
 def resume(
-    folder: Path, generator: Any, discriminator: Any, ema: WeightAverage | None = None
+    folder: Path,
+    generator: Any,
+    discriminator: Any,
+    ema: WeightAverage | None = None,
+    *,
+    seed: int = 0,
 ) -> Resumed:
     """Load everything that `save` wrote into engines of the same configuration.
 
-    All but `Resumed.resident`, which is left to the caller.
+    All ranks call it; there may be more or fewer of them than wrote `folder`. Then the random
+    states are drawn anew, from `seed`, the rank and the step. The learning rates are left to the
+    caller. Raises `ValueError`, on all ranks together and before anything is changed, where a file
+    is missing, damaged or holds anything but data, and where its tensors are not the engines'.
     """
-    _load(generator, folder, GENERATOR)
-    if discriminator is not None:
-        _load(discriminator, folder, DISCRIMINATOR)
-    if ema is not None:
-        path = average_file(folder, dist.get_rank())
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no {path.name}: ema was off when it was written")
-        ema.load_state_dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-    _set_random_state(torch.load(random_file(folder), weights_only=True))
-    saved = json.loads((folder / TRAINER_STATE).read_text())
-    resident = folder / GENERATOR / RESIDENT_FILE
-    logger.info("resumed from %s", folder)
-    return Resumed(
-        TrainState(saved["step"], saved["samples"]),
-        saved.get("extra", {}),
-        load_file(resident) if resident.is_file() else {},
+    engines = {GENERATOR: generator, DISCRIMINATOR: discriminator}
+    engines = {tag: engine for tag, engine in engines.items() if engine is not None}
+    with failing_together():
+        saved = read_json(folder / TRAINER_STATE, "run.output_dir")
+        state = TrainState(saved["step"], saved["samples"])
+        ranks_before = manifest.read_manifest(folder).world_size
+        random_state = None
+        if ranks_before == dist.get_world_size():
+            random_state = _read_random_state(random_file(folder))
+        stored = {tag: _open(folder, tag, engine) for tag, engine in engines.items()}
+        averages = None if ema is None else stored[GENERATOR].weights.averages()
+    for tag, engine in engines.items():
+        loading.load(engine, stored[tag])
+    if averages is not None:
+        ema.load(averages)
+    if random_state is None:
+        label = f"resume {seed} {dist.get_rank()} {state.step}"
+        torch.manual_seed(xxhash.xxh3_64_intdigest(label.encode()))
+    else:
+        _set_random_state(random_state)
+    logger.info("resumed from %s at step %d: %s", folder, state.step, _describe(ranks_before))
+    return Resumed(state, saved.get("extra", {}))
+
+
+def _open(folder: Path, tag: str, engine: Any) -> loading.Stored:
+    if not (folder / tag).is_dir():
+        raise ValueError(f"{folder} holds no {tag}: losses.adversarial was off when it was written")
+    return loading.open_stored(folder / tag, engine)
+
+
+def _describe(ranks_before: int) -> str:
+    ranks = dist.get_world_size()
+    if ranks == ranks_before:
+        return f"written by {ranks} ranks, as many as now"
+    return (
+        f"written by {ranks_before} ranks, now {ranks}: same global batch and data, sums in "
+        "another order, random states drawn anew"
     )
 
 
-def _load(engine: Any, folder: Path, tag: str) -> None:
-    if not (folder / tag).is_dir():
-        raise ValueError(f"{folder} holds no {tag}: losses.adversarial was off when it was written")
-    path, _ = engine.load_checkpoint(str(folder), tag=tag)
-    assert path is not None, "DeepSpeed's way of saying that there is nothing to load"
+def _read_random_state(file: Path) -> dict[str, torch.Tensor]:
+    state = load_data(file)
+    entry(state, "cpu", torch.Tensor, file)
+    return state
 
 
 def _set_random_state(state: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ shard, whole, in `resident.safetensors`. All files are mapped, not loaded.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 
 from vqrae_ds.conversion.rank_files import (
     RESIDENT_FILE,
-    Files,
     Masters,
     entry,
     find_files,
@@ -47,8 +47,9 @@ class ZeroCheckpoint:
 
     `tensors` maps a name to its `TensorInfo`: fp32 masters of the trained parameters, frozen
     parameters in the dtype they were trained beside, and the persistent buffers of rank 0.
-    A parameter that is shared under several names appears under each of them. With `averages` the
-    moving averages in the step folder above take the place of the masters.
+    A parameter that is shared under several names appears under each of them; `aliases` maps the
+    further ones to the first. With `averages` the moving averages in the step folder above take the
+    place of the masters.
 
     Raises `ValueError`, naming the file, when a rank's file is missing or one too many, when the
     ranks contradict each other, and when a file is damaged or holds anything but plain data.
@@ -67,14 +68,35 @@ class ZeroCheckpoint:
         for name in entry(state, "buffer_names", list, files.models[0]):
             self._add_whole(name, "buffer", module[name])
         shared = entry(state, "shared_params", dict, files.models[0])
-        self._add_trained(entry(state, "param_shapes", list, files.models[0]), masters, files)
+        self.files, self.masters, self.aliases = files, masters, shared
+        self._groups = entry(state, "param_shapes", list, files.models[0])
+        self._add_trained(masters)
         if files.partitioned:
             self._add_frozen_shares(files.models)
         else:
             self._add_frozen_whole(module, shared)
         self._add_resident()
-        for alias, name in shared.items():
-            self.tensors[alias], self._spans[alias] = self.tensors[name], self._spans[name]
+        self._add_aliases()
+
+    def beside(self, vectors: list[Masters]) -> ZeroCheckpoint:
+        """The same checkpoint with other vectors of each rank in the place of its masters.
+
+        They are laid out like them, whatever their dtype: averages, what an optimizer keeps.
+        Raises `ValueError`, naming the file of the masters, where one is too short or too long.
+        """
+        other = copy.copy(self)
+        other.masters, other.tensors, other._spans = vectors, {**self.tensors}, {**self._spans}
+        other._add_trained(vectors)
+        other._add_aliases()
+        return other
+
+    def averages(self) -> ZeroCheckpoint:
+        """The same with the moving averages. Raises `ValueError` as `read_averages` does."""
+        return self.beside(read_averages(self.folder.parent, self.masters))
+
+    def groups(self) -> list[list[str]]:
+        """Names of the trained parameters by group (ZeRO-3: sub-group), a vector of a rank each."""
+        return [list(members) for members in self._groups]
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The elements of `name` in order, as flat views of the mapped files, without padding."""
@@ -89,12 +111,18 @@ class ZeroCheckpoint:
 
     def read_range(self, name: str, start: int, numel: int) -> torch.Tensor:
         """Elements `start` to `start + numel` of the flat tensor; fewer where it ends before."""
-        parts, end = [torch.empty(0, dtype=self.tensors[name].dtype)], start + numel
+        none = torch.empty(0, dtype=self.tensors[name].dtype)
+        return torch.cat([none, *self.range_pieces(name, start, numel)])
+
+    def range_pieces(self, name: str, start: int, numel: int) -> Iterator[torch.Tensor]:
+        """What `read_range` gives, in order, as flat views of the mapped files."""
         position = 0
-        for piece in self.pieces(name):
-            parts.append(piece[max(start - position, 0) : max(end - position, 0)])
-            position += piece.numel()
-        return torch.cat(parts)
+        for span in self._spans[name]:
+            first = max(start - position, 0)
+            last = min(start + numel - position, span.numel)
+            if first < last:
+                yield span.tensor.reshape(-1)[span.start + first : span.start + last]
+            position += span.numel
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -123,17 +151,16 @@ class ZeroCheckpoint:
     def _add_whole(self, name: str, kind: Kind, tensor: torch.Tensor) -> None:
         self._add(name, tensor.shape, kind, [_Span(tensor, 0, tensor.numel())])
 
-    def _add_trained(
-        self, shapes: list[dict[str, Sequence[int]]], masters: list[Masters], files: Files
-    ) -> None:
-        """The fp32 masters; `shapes` has a dict for each parameter group (ZeRO-3: sub-group)."""
-        for rank, file in zip(masters, files.optimizers, strict=True):
-            if len(rank.flats) != len(shapes):
-                raise ValueError(f"{file} holds {len(rank.flats)} groups, the model {len(shapes)}")
-        for group, members in enumerate(shapes):
-            if files.partitioned:
+    def _add_trained(self, masters: list[Masters]) -> None:
+        """What lies in the ranks' flat vectors; each group has shapes by name, in their order."""
+        groups, files = self._groups, self.files.optimizers
+        for rank, file in zip(masters, files, strict=True):
+            if len(rank.flats) != len(groups):
+                raise ValueError(f"{file} holds {len(rank.flats)} groups, the model {len(groups)}")
+        for group, members in enumerate(groups):
+            if self.files.partitioned:
                 flats = [rank.flats[group] for rank in masters]
-                self._add_trained_shares(members, flats, files.optimizers)
+                self._add_trained_shares(members, flats, files)
                 continue
             for name, shape in members.items():
                 spans = [
@@ -182,6 +209,10 @@ class ZeroCheckpoint:
         for name, tensor in module.items():
             if name not in known and isinstance(tensor, torch.Tensor):
                 self._add_whole(name, "frozen", tensor)
+
+    def _add_aliases(self) -> None:
+        for alias, name in self.aliases.items():
+            self.tensors[alias], self._spans[alias] = self.tensors[name], self._spans[name]
 
     def _add_resident(self) -> None:
         """Frozen weights that were whole on every rank, which DeepSpeed knows nothing of."""

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from vqrae_ds.conversion.rank_files import AVERAGES
-from vqrae_ds.sharding.partitions import masters
+from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
+from vqrae_ds.sharding.loading import fill
+from vqrae_ds.sharding.partitions import layout, masters
 
 
 class WeightAverage:
@@ -38,9 +40,7 @@ class WeightAverage:
         """This rank's averages, in the order and lengths of `partitions.masters`; not copied."""
         return {AVERAGES: self._averages}
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
-        """Take over the averages of a rank of the same partitioning."""
-        for mine, saved in zip(self._averages, state[AVERAGES], strict=True):
-            assert mine.shape == saved.shape, "the checkpoint is of another partitioning"
-            mine.copy_(saved)
+    def load(self, averages: ZeroCheckpoint) -> None:
+        """Take over this rank's share of the averages, over however many ranks they were kept."""
+        for mine, parts in zip(self._averages, layout(self._engine), strict=True):
+            fill(mine, parts, averages)

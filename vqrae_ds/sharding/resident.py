@@ -8,7 +8,7 @@ owner, so the model's code is the same. Its tensors are in no checkpoint of Deep
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,8 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqrae_ds.models.training_model import TrainingModel
-from vqrae_ds.ranks import failing_together
-from vqrae_ds.sharding import first_weights
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +52,12 @@ def take_out(
 
 
 def resident_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """What is outside the tree, by the prefix that its names would have in it."""
+    """What is outside the tree, by the prefix that its names would have in it.
+
+    Nothing is outside that of a discriminator.
+    """
     places = {
-        "vqrae.encoder.": vars(model.vqrae).get("encoder"),
+        "vqrae.encoder.": vars(getattr(model, "vqrae", model)).get("encoder"),
         "teacher.": vars(model).get("teacher"),
     }
     return {prefix: module for prefix, module in places.items() if isinstance(module, nn.Module)}
@@ -69,37 +70,3 @@ def state(model: nn.Module) -> dict[str, Tensor]:
         for prefix, module in resident_modules(model).items()
         for name, tensor in module.state_dict().items()
     }
-
-
-@torch.no_grad()
-def load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Set what `state` gives from the tensors of rank 0; all ranks call it.
-
-    Raises `ValueError`, on all ranks together, where names or shapes are others.
-    """
-    with failing_together():
-        if dist.get_rank() == 0:
-            _check_fits(model, tensors)
-    for name, own in state(model).items():
-        if dist.get_rank() == 0:
-            own.copy_(tensors[name])
-        dist.broadcast(own, 0)
-    for module in resident_modules(model).values():
-        first_weights.check_filled(module)
-
-
-def _check_fits(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    ours = {name: tuple(tensor.shape) for name, tensor in state(model).items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if bool(ours) != bool(theirs):
-        now, then = ("resident", "sharded") if ours else ("sharded", "resident")
-        raise ValueError(
-            f'memory.frozen_encoder = "{now}" differs from the run that wrote the checkpoint: '
-            f"set it to {then}"
-        )
-    for name in ours | theirs:
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(
-                f"{name} of the resident encoder has shape {theirs.get(name)} in the checkpoint "
-                f"and {ours.get(name)} in the model: it is another encoder"
-            )
