@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vqrae_ds.guard import Guard
     from vqrae_ds.losses.objective import Objective
     from vqrae_ds.losses.perceptual import PerceptualLoss
+    from vqrae_ds.manifest import FileRecord
     from vqrae_ds.sharding.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Setup(NamedTuple):
     num_samples: int  # of the training data
     validation_index: ShardIndex | None
     state: TrainState
+    pretrained: FileRecord | None = None  # the run's file of frozen pretrained weights
 
 
 def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
@@ -55,7 +57,7 @@ def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
     from vqrae_ds.calibration import calibrate
     from vqrae_ds.data.index import read_index
     from vqrae_ds.guard import Guard
-    from vqrae_ds.sharding import first_weights
+    from vqrae_ds.sharding import resident
     from vqrae_ds.sharding.ema import WeightAverage
 
     config = run.config
@@ -75,18 +77,20 @@ def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
     generator = engines.build_generator(run, fill=folder is None)
     discriminator = engines.build_discriminator(run, fill=folder is None)
     ema = None if config.ema is None else WeightAverage(generator, config.ema.decay)
-    state, extra = checkpoint.TrainState(), {}
+    state, extra, pretrained = checkpoint.TrainState(), {}, None
     if folder is not None:
         watchdog.beat(f"the loading of {folder}")
-        state, extra, resident = checkpoint.resume(folder, generator, discriminator, ema)
-        engines.load_resident(generator, resident)
-        first_weights.check_filled(generator.module)
+        state, extra, pretrained = checkpoint.resume(folder, generator, discriminator, ema)
+        resident.check_filled(generator.module)
         set_learning_rates(generator, discriminator, config.losses, state.step)
         _check_same_data(extra, index, config.data.train)
     elif _needs_calibration(run):
         images = _training_batches(run, ranks, index, start=0)
         images = watchdog.watching(images, "the calibration")
         calibrate(generator, images, config.run.calibration_images, ranks.device)
+    if pretrained is None:
+        watchdog.beat("the writing of the frozen weights")
+        pretrained = checkpoint.write_pretrained(run, generator)
     objective, perceptual = _objective(run, ranks, discriminator)
     return Setup(
         ranks,
@@ -100,6 +104,7 @@ def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
         index.num_samples,
         validation_index,
         state,
+        pretrained,
     )
 
 

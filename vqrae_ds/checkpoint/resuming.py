@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from torch import Tensor
 
+from vqrae_ds.checkpoint import frozen
 from vqrae_ds.checkpoint.names import (
     DISCRIMINATOR,
     GENERATOR,
@@ -19,7 +18,8 @@ from vqrae_ds.checkpoint.names import (
     TrainState,
     random_file,
 )
-from vqrae_ds.conversion.rank_files import RESIDENT_FILE, average_file
+from vqrae_ds.conversion.rank_files import average_file
+from vqrae_ds.manifest import FileRecord, read_manifest
 from vqrae_ds.sharding.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 class Resumed(NamedTuple):
     """What a checkpoint brings beside what `resume` has loaded already.
 
-    `extra` is as it was given to `save`, every float to the last bit. `resident` are the frozen
-    weights by their names in the engine's module, mapped and not loaded.
+    `extra` is as it was given to `save`, every float to the last bit. `pretrained` is the record of
+    the run's file of frozen pretrained weights, None where the checkpoint refers to none.
     """
 
     state: TrainState
     extra: dict[str, Any]
-    resident: dict[str, Tensor]
+    pretrained: FileRecord | None
 
 
 def resume(
@@ -42,8 +42,9 @@ def resume(
 ) -> Resumed:
     """Load everything that `save` wrote into engines of the same configuration.
 
-    All but `Resumed.resident`, which is left to the caller.
+    Raises `ValueError` where the checkpoint lacks a part that the engines have.
     """
+    frozen.load(folder, generator)
     _load(generator, folder, GENERATOR)
     if discriminator is not None:
         _load(discriminator, folder, DISCRIMINATOR)
@@ -54,19 +55,19 @@ def resume(
         ema.load_state_dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
     _set_random_state(torch.load(random_file(folder), weights_only=True))
     saved = json.loads((folder / TRAINER_STATE).read_text())
-    resident = folder / GENERATOR / RESIDENT_FILE
     logger.info("resumed from %s", folder)
     return Resumed(
         TrainState(saved["step"], saved["samples"]),
         saved.get("extra", {}),
-        load_file(resident) if resident.is_file() else {},
+        read_manifest(folder).frozen,
     )
 
 
 def _load(engine: Any, folder: Path, tag: str) -> None:
     if not (folder / tag).is_dir():
         raise ValueError(f"{folder} holds no {tag}: losses.adversarial was off when it was written")
-    path, _ = engine.load_checkpoint(str(folder), tag=tag)
+    # Not strict: the frozen parameters are in files of ours.
+    path, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=tag != GENERATOR)
     assert path is not None, "DeepSpeed's way of saying that there is nothing to load"
 
 

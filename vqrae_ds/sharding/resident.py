@@ -2,13 +2,13 @@
 
 What is in the tree under ZeRO-3 is partitioned, and released after every step. Outside it there is
 nothing to gather; there is no gradient to reduce either. The module stays an attribute of its
-owner, so the model's code is the same. Its tensors are in no checkpoint of DeepSpeed's.
+owner, so the model's code is the same. DeepSpeed knows nothing of it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqrae_ds.models.training_model import TrainingModel
-from vqrae_ds.ranks import failing_together
 from vqrae_ds.sharding import first_weights
 
 logger = logging.getLogger(__name__)
@@ -71,35 +70,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
-def load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Set what `state` gives from the tensors of rank 0; all ranks call it.
-
-    Raises `ValueError`, on all ranks together, where names or shapes are others.
-    """
-    with failing_together():
-        if dist.get_rank() == 0:
-            _check_fits(model, tensors)
-    for name, own in state(model).items():
-        if dist.get_rank() == 0:
-            own.copy_(tensors[name])
-        dist.broadcast(own, 0)
-    for module in resident_modules(model).values():
+def check_filled(model: nn.Module) -> None:
+    """`first_weights.check_filled` of all that is in the tree, and of what is outside of it."""
+    for module in (model, *resident_modules(model).values()):
         first_weights.check_filled(module)
-
-
-def _check_fits(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    ours = {name: tuple(tensor.shape) for name, tensor in state(model).items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if bool(ours) != bool(theirs):
-        now, then = ("resident", "sharded") if ours else ("sharded", "resident")
-        raise ValueError(
-            f'memory.frozen_encoder = "{now}" differs from the run that wrote the checkpoint: '
-            f"set it to {then}"
-        )
-    for name in ours | theirs:
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(
-                f"{name} of the resident encoder has shape {theirs.get(name)} in the checkpoint "
-                f"and {ours.get(name)} in the model: it is another encoder"
-            )
