@@ -46,18 +46,18 @@ def gathered_elements(engine, rank: int) -> int:
 
 def run_stage(rank: int, folder: Path, stage: int) -> None:
     from vqrae_ds import engines
+    from vqrae_ds.sharding import resident
 
     run = run_of(folder, stage, "sharded")
     sharded = engines.build_generator(run)
-    assert engines.resident_state(sharded) == {}
-    engines.load_resident(sharded, {})
+    assert resident.state(sharded.module) == {}
     gathered = gathered_elements(sharded, rank)
     losses = take_steps(sharded, run, rank, range(STEPS))
     names = [n for n in sharded.module.state_dict() if n.startswith(PREFIXES[stage])]
 
     run = run_of(folder, stage, "resident")
     engine = engines.build_generator(run)
-    state = engines.resident_state(engine)
+    state = resident.state(engine.module)
     assert list(state) == names and not set(names) & set(engine.module.state_dict())
     encoder = build_model().encoder.state_dict()
     for name, tensor in state.items():
@@ -67,39 +67,30 @@ def run_stage(rank: int, folder: Path, stage: int) -> None:
     assert saved < gathered, "the rest is sharded as before"
     engine.train()
     assert take_steps(engine, run, rank, range(STEPS)) == pytest.approx(losses, rel=1e-6)
-    resident = engine.module.vqrae.encoder if stage == 1 else engine.module.teacher
-    assert not resident.training and not any(p.requires_grad for p in resident.parameters())
-    check_loading(rank, run, state)
+    whole = engine.module.vqrae.encoder if stage == 1 else engine.module.teacher
+    assert not whole.training and not any(p.requires_grad for p in whole.parameters())
 
-
-def check_loading(rank: int, run: Run, state: dict[str, torch.Tensor]) -> None:
-    """The tensors of rank 0 arrive on every rank; what does not fit is refused on every rank."""
-    from vqrae_ds import engines
+    resident.check_filled(engine.module)
+    name, tensor = next(iter(state.items()))
+    tensor.view(-1)[-1] = torch.nan
+    own_name = name.removeprefix(PREFIXES[stage])
+    with pytest.raises(AssertionError, match=f"no value was given to {own_name}$"):
+        resident.check_filled(engine.module)
 
     engine = engines.build_generator(run, fill=False)
-    empty = engines.resident_state(engine)
-    assert all(tensor.isnan().all() for tensor in empty.values())
-    engines.load_resident(engine, state if rank == 0 else {})
-    for name, tensor in engines.resident_state(engine).items():
-        assert torch.equal(tensor, state[name]), name
-    first, *rest = state
-    with pytest.raises(ValueError, match=f"{first} of the resident encoder has shape None"):
-        engines.load_resident(engine, {name: state[name] for name in rest})
-    with pytest.raises(ValueError, match="differs from the run that wrote the checkpoint: set it"):
-        engines.load_resident(engine, {})
-    with pytest.raises(AssertionError, match=f"no value was given to .*{first.split('.')[-1]}"):
-        engines.load_resident(engine, {**state, first: torch.full_like(state[first], torch.nan)})
+    assert all(tensor.isnan().all() for tensor in resident.state(engine.module).values())
 
 
 def run_everything(rank: int, folder: Path) -> None:
     from vqrae_ds import engines
+    from vqrae_ds.sharding import resident
 
     own = folder / f"rank{rank}"
     for stage in (1, 2):
         run_stage(rank, own, stage)
     run = run_of(own, 1, "resident", bf16={"enabled": True}, zero_optimization={"stage": 2})
     engine = engines.build_generator(run)
-    state = engines.resident_state(engine)
+    state = resident.state(engine.module)
     encoder = build_model().encoder.state_dict()
     for name, tensor in state.items():
         assert torch.equal(tensor, encoder[name.removeprefix(PREFIXES[1])].bfloat16()), name
