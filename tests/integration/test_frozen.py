@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +13,9 @@ from safetensors.torch import load_file
 
 from tests.distributed import gathered, run_ranks
 from tests.limits import small_files_only
-from tests.tiny import images_of, make_rank_folders, make_run
+from tests.memory import sampled_memory
+from tests.tiny import ENCODER, images_of, make_rank_folders, make_run
+from tests.zero_files import seal
 from vqrae_ds import checkpoint, manifest
 from vqrae_ds.checkpoint import TrainState
 from vqrae_ds.config import Run
@@ -242,6 +246,64 @@ def leave_one_of_them_out(rank: int, folder: Path) -> None:
             assert torch.equal(value, frozen[tensor]), tensor
 
 
+def resume_from_fragments(rank: int, folder: Path) -> None:
+    """A checkpoint of the first format: DeepSpeed's files hold the frozen parameters too."""
+    from vqrae_ds import engines
+
+    for name in ("stage1-zero3-fp32-sharded", "stage1-zero1-bf16-sharded"):
+        run = run_of(folder, rank, name)
+        engine = engines.build_generator(run)
+        saved = checkpoint.save(run, engine, None, TrainState(1))
+        old = folder / f"{name}-old" / "checkpoints" / saved.name
+        if rank == 0:
+            shutil.copytree(saved, old, ignore=shutil.ignore_patterns("generator"))
+        torch.distributed.barrier()
+        engine.save_checkpoint(str(old), tag="generator", save_latest=False)
+        if rank == 0:
+            seal(old, step=1, world_size=2)
+            payload = json.loads((old / "manifest.json").read_text()) | {"format_version": 1}
+            del payload["frozen"]
+            (old / "manifest.json").write_text(json.dumps(payload))
+        torch.distributed.barrier()
+        moved = run_of(folder, rank, name, run={"output_dir": str(folder / f"{name}-old")})
+        assert checkpoint.find(moved) == old
+        resumed = engines.build_generator(moved, fill=False)
+        assert checkpoint.resume(old, resumed, None).pretrained is None
+        frozen = held_frozen(engine)
+        for tensor, value in held_frozen(resumed).items():
+            assert torch.equal(value, frozen[tensor]), tensor
+        checkpoint.save(moved, resumed, None, TrainState(2))
+        names = [[path.name for path in home.iterdir()] for home in homes_of(folder, name)]
+        assert names[0] == names[1], "from now on it is as in any run"
+
+
+def homes_of(folder: Path, name: str) -> list[Path]:
+    return [folder / run / "frozen" for run in (name, f"{name}-old")]
+
+
+def write_a_wide_encoder(rank: int, folder: Path) -> None:
+    """The most memory that each rank takes to write it goes to a file, and its size."""
+    from vqrae_ds import engines
+
+    wide = folder / f"wide{rank}"
+    wide.mkdir()
+    shape = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 8}
+    shape["intermediate_size"] = 3072
+    (wide / "config.json").write_text(json.dumps(ENCODER | shape))
+    run = run_of(
+        folder,
+        rank,
+        "stage1-zero3-fp32-sharded",
+        model={"encoder_config_path": str(wide)},
+        init={"model": None, "allow_untrained_encoder": True},
+    )
+    engine = engines.build_generator(run)
+    peaks: dict[str, int] = {}
+    with sampled_memory(peaks):
+        record = checkpoint.write_pretrained(run, engine)
+    (folder / f"written{rank}.json").write_text(json.dumps([record.size, peaks["RssAnon"]]))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("frozen")
@@ -305,3 +367,18 @@ def test_uneven_shares(tmp_path):
 def test_one_of_the_two_files_alone(tmp_path):
     make_rank_folders(tmp_path, 2)
     run_ranks(2, leave_one_of_them_out, tmp_path)
+
+
+def test_fragments_of_deepspeed_are_read_still(tmp_path):
+    make_rank_folders(tmp_path, 2)
+    run_ranks(2, resume_from_fragments, tmp_path)
+
+
+def test_no_rank_holds_the_whole_encoder_to_write_it(tmp_path):
+    make_rank_folders(tmp_path, 2)
+    run_ranks(2, write_a_wide_encoder, tmp_path)
+    for rank in range(2):
+        size, peak = json.loads((tmp_path / f"written{rank}.json").read_text())
+        print(f"rank {rank}: {peak / 1e6:.1f} MB to write {size / 1e6:.1f} MB")
+        assert size > 200e6
+        assert peak < 0.2 * size

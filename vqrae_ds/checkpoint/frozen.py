@@ -37,6 +37,7 @@ from vqrae_ds.manifest import FileRecord, frozen_file, hash_file
 from vqrae_ds.models.weights import check_names, check_shape
 from vqrae_ds.ranks import failing_together, from_rank_0
 from vqrae_ds.sharding import resident
+from vqrae_ds.sharding.first_weights import freed_memory_returned
 
 PRETRAINED = ("vqrae.encoder.", "teacher.")  # prefixes of names
 _PIECE_ELEMENTS = 1 << 20
@@ -110,6 +111,7 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
     return inside | resident.state(model)
 
 
+@freed_memory_returned()
 def _on_rank_0(weights: dict[str, Tensor], use: Callable[[list[StreamedTensor]], Made]) -> Made:
     """What `use` makes of the weights on rank 0, on every rank.
 
