@@ -61,7 +61,7 @@ def test_each_damage_is_named(tmp_path):
         ("{", "not a readable manifest"),
         ("[]", "not a readable manifest"),
         ('{"format_version": 1, "files": {}}', "not a readable manifest"),
-        ('{"format_version": 2, "files": {}, "new": 0}', "format version 2"),
+        ('{"format_version": 3, "files": {}, "new": 0}', "format version 3"),
     ],
 )
 def test_unreadable_manifests(tmp_path, content, message):
@@ -69,6 +69,59 @@ def test_unreadable_manifests(tmp_path, content, message):
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_manifest(tmp_path)
+
+
+def publish_with_frozen(run_folder: Path) -> tuple[Path, Path]:
+    """A step folder, and the file in the run that belongs to it."""
+    folder = run_folder / "checkpoints" / "step_00000003"
+    manifest = publish(folder)
+    content = b"frozen" * 100
+    record = FileRecord(len(content), xxhash.xxh3_128(content).hexdigest())
+    path = run_folder / "frozen" / f"{record.xxh3_128}.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    write_manifest(folder, manifest._replace(frozen=record))
+    return folder, path
+
+
+def test_the_frozen_weights_of_the_run_are_vouched_for_too(tmp_path, monkeypatch):
+    folder, path = publish_with_frozen(tmp_path / "run")
+    manifest = read_manifest(folder)
+    assert find_damage(folder, manifest) == []
+    monkeypatch.chdir(folder.parent)
+    link = tmp_path / "elsewhere"
+    link.symlink_to(folder)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"!")
+    for name in (folder, Path(folder.name), link):
+        assert find_damage(name, manifest) == [f"{path} does not match its checksum"]
+        assert find_damage(name, manifest, checksums=False) == []
+    path.write_bytes(content + b"!")
+    assert find_damage(folder, manifest) == [f"{path} has 601 bytes, the manifest says 600"]
+    path.unlink()
+    assert find_damage(folder, manifest) == [
+        f"{path} is missing: the folder frozen/ of a run belongs to its checkpoints, "
+        "keep and copy it with them"
+    ]
+
+
+@pytest.mark.parametrize("digest", ["../../secret", "", 3, "A" * 32, "0" * 31])
+def test_a_record_that_would_lead_elsewhere_is_refused(tmp_path, digest):
+    folder, _ = publish_with_frozen(tmp_path / "run")
+    payload = json.loads((folder / "manifest.json").read_text())
+    payload["frozen"]["xxh3_128"] = digest
+    (folder / "manifest.json").write_text(json.dumps(payload))
+    with pytest.raises(ValueError, match="not a readable manifest"):
+        read_manifest(folder)
+
+
+def test_the_first_format_is_read_still(tmp_path):
+    manifest = publish(tmp_path / "x")
+    payload = json.loads((tmp_path / "x" / "manifest.json").read_text())
+    del payload["frozen"]
+    payload["format_version"] = 1
+    (tmp_path / "x" / "manifest.json").write_text(json.dumps(payload))
+    assert read_manifest(tmp_path / "x") == manifest
 
 
 def test_complete_steps_are_newest_first_and_the_others_do_not_exist(tmp_path, caplog):

@@ -9,7 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.zero_files import BUFFERS, FROZEN, TRAINED, seal, write_averages, write_step
+from tests.zero_files import (
+    BUFFERS,
+    FROZEN,
+    TRAINED,
+    seal,
+    write_averages,
+    write_split_step,
+    write_step,
+    write_zero3,
+)
 from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 
@@ -91,21 +100,41 @@ def test_averages_of_a_rank_too_many_are_named(checkpoint):
         ZeroCheckpoint(checkpoint / "generator", averages=True)
 
 
-def test_resident_weights_are_frozen_ones(checkpoint):
-    path = checkpoint / "generator" / "resident.safetensors"
-    resident = {"teacher.head": torch.randn(3, 4).bfloat16(), "teacher.bias": torch.randn(5)}
-    save_file(resident, path)
-    reader = ZeroCheckpoint(checkpoint / "generator")
-    assert reader.tensors.keys() == (TRAINED | FROZEN | BUFFERS | resident).keys()
-    for name, tensor in resident.items():
-        assert reader.tensors[name] == (tensor.shape, tensor.dtype, "frozen")
-        assert torch.equal(reader.read(name), tensor)
-    save_file({"teacher.weight": torch.ones(4, 4)}, path)
-    with pytest.raises(ValueError, match=r"resident.safetensors holds teacher.weight, and so do"):
-        ZeroCheckpoint(checkpoint / "generator")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="resident.safetensors cannot be read"):
-        ZeroCheckpoint(checkpoint / "generator")
+def test_frozen_weights_in_files_of_their_own(tmp_path):
+    folder = write_split_step(tmp_path / "run")
+    reader = ZeroCheckpoint(folder / "generator")
+    assert reader.tensors.keys() == (TRAINED | FROZEN | BUFFERS).keys()
+    for kind, tensors in {"trainable": TRAINED, "frozen": FROZEN, "buffer": BUFFERS}.items():
+        for name, tensor in tensors.items():
+            assert reader.tensors[name] == (tensor.shape, tensor.dtype, kind)
+            assert torch.equal(reader.read(name), tensor)
+            assert torch.equal(reader.read_range(name, 3, 9), tensor.reshape(-1)[3:12])
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert ZeroCheckpoint(link / "generator").tensors == reader.tensors
+    write_zero3(folder / "other", TRAINED, None, BUFFERS, world_size=3)
+    assert ZeroCheckpoint(folder / "other").tensors.keys() == (TRAINED | BUFFERS).keys()
+
+
+def test_frozen_files_that_do_not_fit_are_named(tmp_path):
+    folder = write_split_step(tmp_path / "run")
+    (shared,) = (tmp_path / "run" / "frozen").iterdir()
+    own = folder / "generator" / "frozen.safetensors"
+    intact = own.read_bytes()
+    save_file({"vqrae.encoder.weight": torch.ones(11, 3)}, own)
+    with pytest.raises(ValueError, match=f"{shared} holds vqrae.encoder.weight, and so do other"):
+        ZeroCheckpoint(folder / "generator")
+    save_file({"vqrae.decoder.bias": torch.ones(13)}, own)
+    with pytest.raises(ValueError, match=f"{own} holds vqrae.decoder.bias, and so do other files"):
+        ZeroCheckpoint(folder / "generator")
+    for content in (intact[:-1], b"", b"\xff" * 100):
+        own.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{own} cannot be read"):
+            ZeroCheckpoint(folder / "generator")
+    own.write_bytes(intact)
+    shared.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=f"{shared} is missing: the folder frozen/ of a run"):
+        ZeroCheckpoint(folder / "generator")
 
 
 def edit(path: Path, key: str, value: object) -> None:
@@ -124,6 +153,7 @@ def edit(path: Path, key: str, value: object) -> None:
         ("zero_pp_rank_1_mp_rank_00_optim_states.pt", "fp32_flat_groups", [torch.ones(12)] * 3),
         ("zero_pp_rank_1_mp_rank_00_model_states.pt", "frozen_param_fragments", {}),
         ("zero_pp_rank_1_mp_rank_00_model_states.pt", "frozen_param_shapes", None),
+        ("zero_pp_rank_1_mp_rank_00_model_states.pt", "frozen_param_shapes", [1]),
         ("zero_pp_rank_2_mp_rank_00_model_states.pt", "global_steps", 8),
         ("zero_pp_rank_2_mp_rank_00_model_states.pt", "param_shapes", []),
     ],

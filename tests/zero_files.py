@@ -10,8 +10,9 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from vqrae_ds.manifest import Manifest, hash_file, list_files, write_manifest
+from vqrae_ds.manifest import FileRecord, Manifest, hash_file, list_files, write_manifest
 
 Tensors = dict[str, torch.Tensor]
 
@@ -25,6 +26,7 @@ FROZEN = {
     "vqrae.encoder.empty": torch.empty(0, 4, dtype=torch.bfloat16),
     "teacher.weight": torch.randn(4, 4).bfloat16(),
 }
+PRETRAINED = ("vqrae.encoder.weight", "vqrae.encoder.empty")
 BUFFERS = {
     "vqrae.mean": torch.randn(3),
     "vqrae.half_mean": torch.randn(3).bfloat16(),
@@ -50,17 +52,45 @@ def write_step(
     return folder
 
 
-def seal(folder: Path, *, step: int = 1000, world_size: int = 3) -> None:
+def seal(
+    folder: Path, *, step: int = 1000, world_size: int = 3, frozen: FileRecord | None = None
+) -> None:
     """Write the manifest of `folder` as it is now."""
     files = {name: hash_file(folder / name) for name in list_files(folder)}
-    write_manifest(folder, Manifest(step, 1, world_size, {"torch": "2"}, files))
+    write_manifest(folder, Manifest(step, 1, world_size, {"torch": "2"}, files, frozen))
+
+
+def write_split_step(run_folder: Path, step: int = 1000) -> Path:
+    """A step folder whose frozen weights are in files of their own; returns it.
+
+    Those in `PRETRAINED` lie once in the run, the others in the engine's folder.
+    """
+    folder = run_folder / "checkpoints" / f"step_{step:08d}"
+    write_zero3(folder / "generator", TRAINED, None, BUFFERS, world_size=3)
+    save_file(
+        {n: t for n, t in FROZEN.items() if n not in PRETRAINED},
+        folder / "generator" / "frozen.safetensors",
+    )
+    (run_folder / "frozen").mkdir(exist_ok=True)
+    written = run_folder / "frozen" / "new"
+    save_file({n: FROZEN[n] for n in PRETRAINED}, written)
+    record = hash_file(written)
+    written.rename(run_folder / "frozen" / f"{record.xxh3_128}.safetensors")
+    (folder / "model_config.json").write_text('{"image_size": 448,  "b": 1}')
+    seal(folder, step=step, frozen=record)
+    return folder
 
 
 def write_zero3(
-    folder: Path, trained: Tensors, frozen: Tensors, buffers: Tensors, *, world_size: int
+    folder: Path, trained: Tensors, frozen: Tensors | None, buffers: Tensors, *, world_size: int
 ) -> None:
-    """The ZeRO-3 files of one engine; each trained tensor in a sub-group of its own."""
+    """The ZeRO-3 files of one engine; each trained tensor in a sub-group of its own.
+
+    Without `frozen` they are as after `exclude_frozen_parameters`.
+    """
     folder.mkdir(parents=True)
+    left_out = {"frozen_param_shapes": None, "frozen_param_fragments": None}
+    frozen, excluded = (frozen, {}) if frozen is not None else ({}, left_out)
     for rank in range(world_size):
         name = f"zero_pp_rank_{rank}_mp_rank_00"
         placeholders = {name: torch.empty(0) for name in [*trained, *frozen]}
@@ -74,6 +104,7 @@ def write_zero3(
             },
             "shared_params": {},
             "global_steps": 7,
+            **excluded,
         }
         torch.save(model, folder / f"{name}_model_states.pt")
         flats = [_share(t, rank, world_size, poison=3e9) for t in trained.values()]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from vqrae_ds.attention import choose_attention
@@ -90,12 +90,9 @@ def set_learning_rate(engine: DeepSpeedEngine, step: int) -> None:
         engine.lr_scheduler.step(step)
 
 
-def resident_state(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """The tensors of a resident encoder or teacher, by the names they would have in the module.
-
-    They are not copied. Where `memory.frozen_encoder` is `sharded` there are none.
-    """
-    return resident.state(engine.module)
+def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
+    """Inside, the parameters are whole on every rank, to read. All ranks enter it together."""
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def stop() -> None:
@@ -147,12 +144,11 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     if memory.frozen_encoder == "resident":
         device = torch.device(deepspeed.get_accelerator().current_device_name())
         dtype = torch.bfloat16 if run.bf16 else torch.float32
-        resident.take_out(model, deepspeed.zero.GatheredParameters, device, dtype)
+        resident.take_out(model, gathered, device, dtype)
     groups = parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
     if fill:
-        for module in (model, *resident.resident_modules(model).values()):
-            first_weights.check_filled(module)
+        resident.check_filled(model)
     if _has_fp32_masters_of_bf16(run):
         with failing_together():
             _set_masters(engine, sources)

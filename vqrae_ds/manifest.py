@@ -2,6 +2,9 @@
 
 `manifest.json` is written last, under a temporary name and renamed, so a folder that has one is
 complete. DeepSpeed writes no checksum, and loads a file with a flipped byte without a word.
+
+The frozen pretrained weights of a run are not in its checkpoints but once in `RUN/frozen`, in a
+file that is called by the digest of its content. A manifest vouches for that file too.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from typing import Any, NamedTuple
 import xxhash
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, 2)  # in the first one all frozen weights were in the step folder
 _READ_BYTES = 1 << 22
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +36,18 @@ class FileRecord(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What a folder contains; `files` maps a path relative to the folder to its record."""
+    """What a folder contains; `files` maps a path relative to the folder to its record.
+
+    `frozen` is the file of the run with its frozen pretrained weights (see `frozen_file`), None
+    where a run has none.
+    """
 
     step: int
     stage: int
     world_size: int
     versions: dict[str, str]
     files: dict[str, FileRecord]
+    frozen: FileRecord | None = None
 
 
 def hash_file(path: Path) -> FileRecord:
@@ -50,6 +60,16 @@ def hash_file(path: Path) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
+def frozen_file(run_folder: Path, record: FileRecord) -> Path:
+    """Where a run keeps its frozen pretrained weights of this record."""
+    return Path(run_folder) / "frozen" / f"{record.xxh3_128}.safetensors"
+
+
+def run_of(step_folder: Path) -> Path:
+    """The run folder that a step folder belongs to, whether that is given by a link or not."""
+    return Path(step_folder).resolve().parent.parent
+
+
 def list_files(folder: Path) -> list[str]:
     """All files below `folder` that a manifest covers, as sorted relative POSIX paths."""
     paths = (p for p in Path(folder).rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
@@ -60,6 +80,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publish `folder` as complete. Every file must be on disk, and every rank past its writes."""
     payload = {"format_version": FORMAT_VERSION, **manifest._asdict()}
     payload["files"] = {name: record._asdict() for name, record in manifest.files.items()}
+    payload["frozen"] = manifest.frozen and manifest.frozen._asdict()
     write_json_atomically(Path(folder) / MANIFEST_NAME, payload)
 
 
@@ -74,11 +95,13 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         payload: dict[str, Any] = json.loads(path.read_text())
         version = payload.pop("format_version")
-        if version != FORMAT_VERSION:
+        if version not in _READABLE_VERSIONS:
             raise ValueError(
-                f"{path} has format version {version}, this code reads {FORMAT_VERSION}"
+                f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}"
             )
         payload["files"] = {name: FileRecord(**r) for name, r in payload["files"].items()}
+        if payload.get("frozen") is not None:
+            payload["frozen"] = _frozen_record(payload["frozen"])
         return Manifest(**payload)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable manifest: {error}") from error
@@ -122,19 +145,48 @@ def find_step_folders(path: Path) -> list[Path]:
 
 
 def find_damage(folder: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:
-    """One line per missing, resized or altered file of `folder`; empty if it is intact."""
-    damage = []
-    for name, record in manifest.files.items():
-        path = Path(folder) / name
-        if not path.is_file():
-            damage.append(f"{name} is missing")
-        elif path.stat().st_size != record.size:
-            damage.append(
-                f"{name} has {path.stat().st_size} bytes, the manifest says {record.size}"
-            )
-        elif checksums and hash_file(path) != record:
-            damage.append(f"{name} does not match its checksum")
-    return damage
+    """One line per missing, resized or altered file of `folder`; empty if it is intact.
+
+    The run's file of frozen weights counts as one of them.
+    """
+    found = [
+        _damage_of(Path(folder) / name, name, record, checksums)
+        for name, record in manifest.files.items()
+    ]
+    if manifest.frozen is not None:
+        path = frozen_file(run_of(folder), manifest.frozen)
+        found.append(
+            _damage_of(path, str(path), manifest.frozen, checksums)
+            if path.is_file()
+            else missing_frozen(path)
+        )
+    return [line for line in found if line is not None]
+
+
+def missing_frozen(path: Path) -> str:
+    """What to say where the run's file of frozen weights is not there."""
+    return (
+        f"{path} is missing: the folder {path.parent.name}/ of a run belongs to its checkpoints, "
+        "keep and copy it with them"
+    )
+
+
+def _damage_of(path: Path, name: str, record: FileRecord, checksums: bool) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != record.size:
+        return f"{name} has {path.stat().st_size} bytes, the manifest says {record.size}"
+    if checksums and hash_file(path) != record:
+        return f"{name} does not match its checksum"
+    return None
+
+
+def _frozen_record(payload: dict[str, Any]) -> FileRecord:
+    """The record, held to a digest: it becomes a path."""
+    record = FileRecord(**payload)
+    if not _DIGEST.fullmatch(record.xxh3_128):
+        raise TypeError(f"{record.xxh3_128!r} is no XXH3-128 digest")
+    return record
 
 
 def write_json_atomically(path: Path, payload: Any) -> None:

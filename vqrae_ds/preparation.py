@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vqrae_ds.guard import Guard
     from vqrae_ds.losses.objective import Objective
     from vqrae_ds.losses.perceptual import PerceptualLoss
+    from vqrae_ds.manifest import FileRecord
     from vqrae_ds.sharding.ema import WeightAverage
     from vqrae_ds.stopping import StopVote
 
@@ -45,6 +46,7 @@ class Setup(NamedTuple):
     num_samples: int  # of the training data
     validation_index: ShardIndex | None
     state: TrainState
+    pretrained: FileRecord | None = None  # the run's file of frozen pretrained weights
 
 
 def prepare(
@@ -81,10 +83,10 @@ def prepare(
     generator = engines.build_generator(run, fill=folder is None)
     discriminator = engines.build_discriminator(run, fill=folder is None)
     ema = None if config.ema is None else WeightAverage(generator, config.ema.decay)
-    state, extra = checkpoint.TrainState(), {}
+    state, extra, pretrained = checkpoint.TrainState(), {}, None
     if folder is not None:
         watchdog.beat(f"the loading of {folder}")
-        state, extra = checkpoint.resume(
+        state, extra, pretrained = checkpoint.resume(
             folder, generator, discriminator, ema, seed=config.run.seed
         )
         set_learning_rates(generator, discriminator, config.losses, state.step)
@@ -93,6 +95,9 @@ def prepare(
         images = _training_batches(run, ranks, index, start=0)
         images = watchdog.watching(images, "the calibration")
         calibrate(generator, images, config.run.calibration_images, ranks.device)
+    if pretrained is None:
+        watchdog.beat("the writing of the frozen weights")
+        pretrained = checkpoint.write_pretrained(run, generator)
     stop = StopVote(stop_request or stop_request_of(run), ranks.rank, ranks.device)
     objective, perceptual = _objective(run, ranks, discriminator, stop)
     return Setup(
@@ -108,6 +113,7 @@ def prepare(
         index.num_samples,
         validation_index,
         state,
+        pretrained,
     )
 
 

@@ -17,8 +17,11 @@ def gather(mine: Any) -> list[Any]:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """What `make` gives on rank 0, on every rank."""
-    made = [make() if dist.get_rank() == 0 else None]
+    """What `make` gives on rank 0, on every rank. Where it fails there it fails on all."""
+    made = [None]
+    with failing_together():
+        if dist.get_rank() == 0:
+            made = [make()]
     dist.broadcast_object_list(made, src=0)
     return made[0]
 

@@ -215,7 +215,7 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, watchdog: Watchdog, step
 
 
 def _save(run: Run, setup: Setup, state: TrainState) -> Path:
-    from vqrae_ds import checkpoint, engines
+    from vqrae_ds import checkpoint
 
     setup.objective.settle()
     return checkpoint.save(
@@ -225,7 +225,7 @@ def _save(run: Run, setup: Setup, state: TrainState) -> Path:
         state,
         ema=setup.ema,
         extra={"guard": setup.guard.state(), "num_samples": setup.num_samples},
-        resident=engines.resident_state(setup.generator),
+        pretrained=setup.pretrained,
     )
 
 

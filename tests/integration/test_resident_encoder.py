@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from tests.distributed import run_ranks
 from tests.integration.test_memory_keys import take_steps
@@ -48,17 +47,18 @@ def gathered_elements(engine, rank: int) -> int:
 
 def run_stage(rank: int, folder: Path, stage: int) -> None:
     from vqrae_ds import engines
+    from vqrae_ds.sharding import resident
 
     run = run_of(folder, stage, "sharded")
     sharded = engines.build_generator(run)
-    assert engines.resident_state(sharded) == {}
+    assert resident.state(sharded.module) == {}
     gathered = gathered_elements(sharded, rank)
     losses = take_steps(sharded, run, rank, range(STEPS))
     names = [n for n in sharded.module.state_dict() if n.startswith(PREFIXES[stage])]
 
     run = run_of(folder, stage, "resident")
     engine = engines.build_generator(run)
-    state = engines.resident_state(engine)
+    state = resident.state(engine.module)
     assert list(state) == names and not set(names) & set(engine.module.state_dict())
     encoder = build_model().encoder.state_dict()
     for name, tensor in state.items():
@@ -68,58 +68,48 @@ def run_stage(rank: int, folder: Path, stage: int) -> None:
     assert saved < gathered, "the rest is sharded as before"
     engine.train()
     assert take_steps(engine, run, rank, range(STEPS)) == pytest.approx(losses, rel=1e-6)
-    resident = engine.module.vqrae.encoder if stage == 1 else engine.module.teacher
-    assert not resident.training and not any(p.requires_grad for p in resident.parameters())
-    check_loading(rank, folder.parent / "shared", run, sharded, engine)
+    whole = engine.module.vqrae.encoder if stage == 1 else engine.module.teacher
+    assert not whole.training and not any(p.requires_grad for p in whole.parameters())
+
+    resident.check_filled(engine.module)
+    name, tensor = next(iter(state.items()))
+    kept = tensor.view(-1)[-1].clone()
+    tensor.view(-1)[-1] = torch.nan
+    own_name = name.removeprefix(PREFIXES[stage])
+    with pytest.raises(AssertionError, match=f"no value was given to {own_name}$"):
+        resident.check_filled(engine.module)
+    tensor.view(-1)[-1] = kept
+    check_loading(folder.parent / "shared", run, sharded, engine)
 
 
-def check_loading(rank: int, shared: Path, run: Run, sharded, engine) -> None:
-    """Each rank has all of them after a resume; what does not fit is refused on every rank."""
+def check_loading(shared: Path, run: Run, sharded, engine) -> None:
+    """Each rank has all of them after a resume, whether they were sharded before or not."""
     from vqrae_ds import checkpoint, engines
+    from vqrae_ds.sharding import resident
 
     output = run.config.run.model_copy(update={"output_dir": str(shared / f"s{run.config.stage}")})
     run = run._replace(config=run.config.model_copy(update={"run": output}))
-    state = engines.resident_state(engine)
-    saved = checkpoint.save(run, engine, None, TrainState(STEPS), resident=state)
-    again = engines.build_generator(run, fill=False)
-    assert all(tensor.isnan().all() for tensor in engines.resident_state(again).values())
-    checkpoint.resume(saved, again, None)
-    assert engines.resident_state(again).keys() == state.keys()
-    for name, tensor in engines.resident_state(again).items():
-        assert torch.equal(tensor, state[name]), name
-    from_shares = checkpoint.save(run, sharded, None, TrainState(STEPS + 1))
-    again = engines.build_generator(run, fill=False)
-    checkpoint.resume(from_shares, again, None)
-    for name, tensor in engines.resident_state(again).items():
-        assert torch.equal(tensor, state[name]), f"{name}, which was sharded"
-
-    again = engines.build_generator(run, fill=False)
-    first, *rest = state
-    path = saved / "generator" / "resident.safetensors"
-    rewrite(rank, path, {name: state[name] for name in rest})
-    with pytest.raises(ValueError, match=f"does not fit this run: {first} is missing: go on with"):
+    state = resident.state(engine.module)
+    for step, saver in enumerate((engine, sharded)):
+        saved = checkpoint.save(run, saver, None, TrainState(STEPS + step))
+        again = engines.build_generator(run, fill=False)
+        assert all(tensor.isnan().all() for tensor in resident.state(again.module).values())
         checkpoint.resume(saved, again, None)
-    rewrite(rank, path, {**state, first: torch.full_like(state[first], torch.nan)})
-    with pytest.raises(AssertionError, match=f"no value was given to .*{first.split('.')[-1]}"):
-        checkpoint.resume(saved, again, None)
-
-
-def rewrite(rank: int, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    torch.distributed.barrier()
-    if rank == 0:
-        save_file(tensors, path)
-    torch.distributed.barrier()
+        assert resident.state(again.module).keys() == state.keys()
+        for name, tensor in resident.state(again.module).items():
+            assert torch.equal(tensor, state[name]), name
 
 
 def run_everything(rank: int, folder: Path) -> None:
     from vqrae_ds import engines
+    from vqrae_ds.sharding import resident
 
     own = folder / f"rank{rank}"
     for stage in (1, 2):
         run_stage(rank, own, stage)
     run = run_of(own, 1, "resident", bf16={"enabled": True}, zero_optimization={"stage": 2})
     engine = engines.build_generator(run)
-    state = engines.resident_state(engine)
+    state = resident.state(engine.module)
     encoder = build_model().encoder.state_dict()
     for name, tensor in state.items():
         assert torch.equal(tensor, encoder[name.removeprefix(PREFIXES[1])].bfloat16()), name

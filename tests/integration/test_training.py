@@ -32,7 +32,12 @@ from vqrae_ds.config import read_run
 from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.evaluation.summary import read_metrics
-from vqrae_ds.manifest import find_step_folder, find_step_folders
+from vqrae_ds.manifest import (
+    complete_steps,
+    find_step_folder,
+    find_step_folders,
+    read_manifest,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -120,6 +125,23 @@ def test_frozen_encoder_is_bytewise_what_it_was(chain):
     trained = load_file(chain.inference / "model.safetensors")
     moved = [n for n, v in before.items() if not torch.equal(trained[f"encoder.model.{n}"], v)]
     assert moved, "stage 2 trains the encoder"
+
+
+def test_the_frozen_weights_are_written_once_before_the_first_step(chain):
+    parts = {chain.straight: "vqrae.encoder.", chain.stage1: "vqrae.encoder."}
+    parts[chain.stage2] = "teacher."
+    written = {}
+    for run, prefix in parts.items():
+        (path,) = (run / "frozen").iterdir()
+        written[run] = path.name
+        assert all(name.startswith(prefix) for name in load_file(path))
+        assert all(
+            read_manifest(s).frozen.xxh3_128 == path.stem
+            for s in complete_steps(run / "checkpoints")
+        )
+        # The last start of the run, just before its steps, writes config.yaml.
+        assert path.stat().st_mtime_ns <= (run / "config.yaml").stat().st_mtime_ns
+    assert written[chain.straight] == written[chain.stage1], "the same weights, the same name"
 
 
 def reconstruct_with_engines(rank: int, chain: Chain) -> None:

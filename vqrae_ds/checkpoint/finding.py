@@ -22,7 +22,8 @@ def find(run: Run) -> Path | None:
 
     The ranks share the reading. Raises `ValueError` on every rank, before anything is built, where
     the newest one belongs to the other stage, or was written with a configuration that a resume
-    must not change. It may be of any number of ranks.
+    must not change; and where the run's frozen weights are damaged, which no older checkpoint can
+    make up for. It may be of any number of ranks.
     """
     checkpoints = Path(run.config.run.output_dir) / "checkpoints"
     for folder in from_rank_0(lambda: manifest.complete_steps(checkpoints)):
@@ -31,6 +32,7 @@ def find(run: Run) -> Path | None:
             continue
         with failing_together():
             _check_fits(folder, run)
+        _check_frozen(folder)
         return folder
     return None
 
@@ -53,6 +55,7 @@ def resolve_start(run: Run) -> Run:
     for folder in from_rank_0(lambda: folders):
         damage = _find_damage(folder)
         if not damage:
+            _check_frozen(folder)
             logger.info("weights to start from: %s", folder)
             init = run.config.init.model_copy(update={"from_run": str(folder)})
             return run._replace(config=run.config.model_copy(update={"init": init}))
@@ -61,10 +64,25 @@ def resolve_start(run: Run) -> Run:
 
 
 def _find_damage(folder: Path) -> list[str]:
-    """A line for each file that is not what the manifest says; each rank reads its share."""
+    """A line for each file of the folder that is not what the manifest says; each rank reads its
+    share."""
     found = from_rank_0(lambda: manifest.read_manifest(folder))
     mine = dict(list(found.files.items())[dist.get_rank() :: dist.get_world_size()])
-    return sum(gather(manifest.find_damage(folder, found._replace(files=mine))), [])
+    found = found._replace(files=mine, frozen=None)
+    return sum(gather(manifest.find_damage(folder, found)), [])
+
+
+def _check_frozen(folder: Path) -> None:
+    """Raise `ValueError`, on all ranks together, where the run's frozen weights are damaged."""
+    with failing_together():
+        if dist.get_rank() == 0:
+            found = manifest.read_manifest(folder)
+            damage = manifest.find_damage(folder, found._replace(files={}))
+            if damage:
+                raise ValueError(
+                    f"{damage[0]}; all checkpoints of the run need it. Put a copy in its place: a "
+                    "new run with the same init writes the same file"
+                )
 
 
 def _check_fits(folder: Path, run: Run) -> None:

@@ -33,10 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 class Resumed(NamedTuple):
-    """How far the run is; `extra` is as it was given to `save`, every float to the last bit."""
+    """What a checkpoint brings beside what `resume` has loaded already.
+
+    `extra` is as it was given to `save`, every float to the last bit. `pretrained` is the record of
+    the run's file of frozen pretrained weights, None where the checkpoint refers to none.
+    """
 
     state: TrainState
     extra: dict[str, Any]
+    pretrained: manifest.FileRecord | None
 
 
 def resume(
@@ -59,8 +64,8 @@ def resume(
     with failing_together():
         saved = read_json(folder / TRAINER_STATE, "run.output_dir")
         state = TrainState(saved["step"], saved["samples"])
-        ranks_before = manifest.read_manifest(folder).world_size
-        random_state = None
+        written = manifest.read_manifest(folder)
+        ranks_before, random_state = written.world_size, None
         if ranks_before == dist.get_world_size():
             random_state = _read_random_state(random_file(folder))
         stored = {tag: _open(folder, tag, engine) for tag, engine in engines.items()}
@@ -75,7 +80,7 @@ def resume(
     else:
         _set_random_state(random_state)
     logger.info("resumed from %s at step %d: %s", folder, state.step, _describe(ranks_before))
-    return Resumed(state, saved.get("extra", {}))
+    return Resumed(state, saved.get("extra", {}), written.frozen)
 
 
 def _open(folder: Path, tag: str, engine: Any) -> loading.Stored:

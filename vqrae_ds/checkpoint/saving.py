@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from vqrae_ds import manifest
+from vqrae_ds.checkpoint import frozen
 from vqrae_ds.checkpoint.names import (
     DISCRIMINATOR,
     GENERATOR,
@@ -28,8 +26,7 @@ from vqrae_ds.checkpoint.names import (
 )
 from vqrae_ds.config import Run
 from vqrae_ds.config.resuming import record
-from vqrae_ds.conversion.rank_files import RESIDENT_FILE, average_file
-from vqrae_ds.conversion.safetensors_stream import StreamedTensor, write_file
+from vqrae_ds.conversion.rank_files import average_file
 from vqrae_ds.models.vqrae import config_json
 from vqrae_ds.ranks import from_rank_0, gather
 from vqrae_ds.sharding.ema import WeightAverage
@@ -45,27 +42,29 @@ def save(
     *,
     ema: WeightAverage | None = None,
     extra: dict[str, Any] | None = None,
-    resident: dict[str, Tensor] | None = None,
+    pretrained: manifest.FileRecord | None = None,
 ) -> Path:
     """Write a checkpoint; every rank calls it. Returns its folder, complete on return.
 
-    `extra` is anything that JSON can hold. `resident` are frozen weights that the generator's
-    engine does not hold, by their names in its module; those of rank 0 are written.
+    `extra` is anything that JSON can hold. `pretrained` is what `write_pretrained` gave: without
+    it, or where the file is gone, the run's frozen pretrained weights are written now.
     """
+    pretrained = frozen.write_pretrained(run, generator, pretrained)
     folder = step_folder(run, state.step)
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # left by a save that was interrupted
         folder.mkdir(parents=True)
     dist.barrier()
-    generator.save_checkpoint(str(folder), tag=GENERATOR, save_latest=False)
+    generator.save_checkpoint(
+        str(folder), tag=GENERATOR, save_latest=False, exclude_frozen_parameters=True
+    )
+    frozen.write_others(folder / GENERATOR, generator)
     if discriminator is not None:
         discriminator.save_checkpoint(str(folder), tag=DISCRIMINATOR, save_latest=False)
     torch.save(_random_state(), random_file(folder))
     if ema is not None:
         torch.save(ema.state_dict(), average_file(folder, dist.get_rank()))
     if dist.get_rank() == 0:
-        if resident:
-            _write_resident(folder / GENERATOR / RESIDENT_FILE, resident)
         (folder / MODEL_CONFIG).write_text(config_json(run.config.model))
         (folder / RUN).write_text(json.dumps(record(run), indent=2) + "\n")
         trainer_state = {**state._asdict(), "stage": run.config.stage, "extra": extra or {}}
@@ -75,28 +74,14 @@ def save(
     if dist.get_rank() == 0:
         packages = ("torch", "deepspeed", "transformers")
         versions = {package: version(package) for package in packages}
-        manifest.write_manifest(
-            folder,
-            manifest.Manifest(state.step, run.config.stage, dist.get_world_size(), versions, files),
+        written = manifest.Manifest(
+            state.step, run.config.stage, dist.get_world_size(), versions, files, pretrained
         )
+        manifest.write_manifest(folder, written)
         _remove_old(folder, run.config.checkpoint.keep_last)
     dist.barrier()
     logger.info("checkpoint %s", folder)
     return folder
-
-
-def _write_resident(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Piece by piece, so that the host never holds a copy of the whole."""
-
-    def pieces(tensor: Tensor) -> Iterator[Tensor]:
-        for piece in tensor.detach().reshape(-1).split(1 << 20):
-            yield piece.cpu()
-
-    streamed = [
-        StreamedTensor(name, tuple(t.shape), t.dtype, functools.partial(pieces, t))
-        for name, t in tensors.items()
-    ]
-    write_file(path, streamed, lambda written: None)
 
 
 def _remove_old(newest: Path, keep_last: int) -> None:

@@ -39,12 +39,13 @@ MAY_DIFFER = frozenset(
         "monitor.usage_window_tokens",
         "monitor.peak_tflops",
         "run.profile_steps",
-        # How it is computed. Not memory.frozen_encoder: the checkpoint holds the encoder as it was.
+        # How it is computed.
         "data.num_workers",
         "run.collective_timeout_minutes",
         "run.deterministic",
         "memory.encoder_checkpointing",
         "memory.decoder_checkpointing",
+        "memory.frozen_encoder",
         # When a step is not taken, and when a run ends by itself.
         "guard.spike_factor",
         "guard.max_skipped_steps",

@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from vqrae_ds.conversion.output_folder import check_free, new_folder, progress_bar, sync
-from vqrae_ds.conversion.rank_files import AVERAGE_FILES, RESIDENT_FILE
+from vqrae_ds.conversion.rank_files import AVERAGE_FILES, FROZEN_FILE
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.manifest import (
@@ -108,7 +108,7 @@ def verify(checkpoint: Path, output: Path, *, progress: bool = False) -> None:
 def _check_intact(checkpoint: Path, manifest: Manifest) -> None:
     """Every file of the manifest is as it was written, and it vouches for every file we read."""
     damage = find_damage(checkpoint, manifest)
-    patterns = ("*/*_states.pt", f"*/{RESIDENT_FILE}", AVERAGE_FILES)
+    patterns = ("*/*_states.pt", f"*/{FROZEN_FILE}", AVERAGE_FILES)
     found = (path for pattern in patterns for path in checkpoint.glob(pattern))
     needed = {"model_config.json", *(p.relative_to(checkpoint).as_posix() for p in found)}
     damage += [f"{name} is not in the manifest" for name in sorted(needed - manifest.files.keys())]

@@ -1,7 +1,7 @@
 """The files that the ranks of one DeepSpeed engine leave in a checkpoint: found, mapped, checked.
 
 They are pickles: tensors and plain containers are all that is ever built from them. DeepSpeed
-itself is not imported.
+itself is not imported. Frozen weights may lie beside them, in safetensors.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+
+from vqrae_ds.manifest import MANIFEST_NAME, frozen_file, missing_frozen, read_manifest, run_of
 
 AVERAGE_FILES = "ema_rank_*.pt"  # in the checkpoint's folder, one a rank
 AVERAGES = "averages"  # the key in such a file
-RESIDENT_FILE = "resident.safetensors"  # in the folder of an engine, beside its ranks' files
+FROZEN_FILE = "frozen.safetensors"  # in the folder of an engine, beside its ranks' files
 
 
 class Address(NamedTuple):
@@ -62,6 +65,23 @@ def find_files(folder: Path) -> Files:
     )
     _check_complete(folder, [*files.models, *files.optimizers], "*_states.pt", world_size)
     return files
+
+
+def find_frozen_files(folder: Path) -> list[Path]:
+    """The safetensors with the engine's frozen weights; none where DeepSpeed wrote them itself.
+
+    What is not in the folder lies once in the run, and is the generator's. Raises `ValueError`
+    where that file is missing.
+    """
+    found = [folder / FROZEN_FILE] if (folder / FROZEN_FILE).is_file() else []
+    folder = folder.resolve()
+    if folder.name == "generator" and (folder.parent / MANIFEST_NAME).is_file():
+        record = read_manifest(folder.parent).frozen
+        if record is not None:
+            found.append(frozen_file(run_of(folder.parent), record))
+            if not found[-1].is_file():
+                raise ValueError(missing_frozen(found[-1]))
+    return found
 
 
 def read_masters(files: Files) -> list[Masters]:
@@ -148,6 +168,15 @@ _ALLOWED = [
     (_Record, "deepspeed.utils.tensor_fragment.fragment_address"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
+
+
+def load_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file by name, mapped. Raises `ValueError` where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def load(file: Path) -> Any:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
-from vqrae_ds.manifest import write_json_atomically
+from vqrae_ds.manifest import FileRecord, write_json_atomically
 
 _CHUNK_ELEMENTS = 1 << 20
 _DTYPE_CODES = {
@@ -56,28 +57,37 @@ class StreamedTensor(NamedTuple):
                 yield chunk.view(torch.uint8)
 
 
+def in_file_order(tensors: list[StreamedTensor]) -> list[StreamedTensor]:
+    """The order of the tensors in a file, in which their pieces are asked for.
+
+    Wide types first: readers view the mapped bytes in place, and torch wants every tensor aligned
+    to its element.
+    """
+    return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+
+
 def write_file(path: Path, tensors: list[StreamedTensor], advance: Callable[[int], object]) -> None:
     """Write and sync `tensors` to one file; `advance` is told the bytes of each chunk written."""
-    # Wide types first, and a header of whole words: readers view the mapped bytes in place, and
-    # torch wants every tensor aligned to its element.
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.num_bytes
-        code = _DTYPE_CODES[tensor.dtype]
-        header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    header = _header(tensors)
     with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors:
-            for chunk in tensor.chunks():
-                file.write(chunk.numpy())
-                advance(chunk.numel())
-        assert file.tell() == 8 + len(encoded) + end, "the pieces do not add up to the tensors"
+        file.write(header)
+        for chunk in _chunks(tensors):
+            file.write(chunk.numpy())
+            advance(chunk.numel())
+        end = len(header) + sum(tensor.num_bytes for tensor in tensors)
+        assert file.tell() == end, "the pieces do not add up to the tensors"
         file.flush()
         os.fsync(file.fileno())
+
+
+def record_of(tensors: list[StreamedTensor]) -> FileRecord:
+    """Size and digest of the file that `write_file` would write."""
+    header = _header(tensors)
+    digest, size = xxhash.xxh3_128(header), len(header)
+    for chunk in _chunks(tensors):
+        digest.update(chunk.numpy())
+        size += chunk.numel()
+    return FileRecord(size, digest.hexdigest())
 
 
 def write_model(
@@ -131,6 +141,24 @@ def compare(
     if seen != (json.loads(index.read_text())["weight_map"] if index.exists() else single):
         differences.append(f"{index.name} does not say which file holds what")
     return differences + [f"{name} was not written" for name in expected if name not in seen]
+
+
+def _header(tensors: list[StreamedTensor]) -> bytes:
+    """The length of the header and the header, of whole words together."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in in_file_order(tensors):
+        start, end = end, end + tensor.num_bytes
+        code = _DTYPE_CODES[tensor.dtype]
+        header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _chunks(tensors: list[StreamedTensor]) -> Iterator[torch.Tensor]:
+    for tensor in in_file_order(tensors):
+        yield from tensor.chunks()
 
 
 def _split(tensors: list[StreamedTensor], max_shard_bytes: int) -> list[list[StreamedTensor]]:

@@ -6,8 +6,8 @@ fragment in each `*_model_states.pt`, a trained one a stretch of a flat fp32 vec
 the fp32 masters of a parameter group end to end in one vector that is cut at the ranks' borders.
 
 Beside DeepSpeed's files may lie two kinds of the trainer's own: a moving average of each rank's
-masters in the step folder, in the layout of the masters, and frozen weights that the engine did not
-shard, whole, in `resident.safetensors`. All files are mapped, not loaded.
+masters in the step folder, in the layout of the masters, and frozen weights, whole, in safetensors.
+Then DeepSpeed's files have none. All files are mapped, not loaded.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vqrae_ds.conversion.rank_files import (
-    RESIDENT_FILE,
     Masters,
     entry,
     find_files,
+    find_frozen_files,
     load,
+    load_safetensors,
     read_averages,
     read_masters,
 )
@@ -75,7 +76,8 @@ class ZeroCheckpoint:
             self._add_frozen_shares(files.models)
         else:
             self._add_frozen_whole(module, shared)
-        self._add_resident()
+        for path in find_frozen_files(self.folder):
+            self._add_frozen_file(path)
         self._add_aliases()
 
     def beside(self, vectors: list[Masters]) -> ZeroCheckpoint:
@@ -183,17 +185,20 @@ class ZeroCheckpoint:
                 raise ValueError(f"{file} holds a group of {flat.numel()} elements, not {start}")
 
     def _add_frozen_shares(self, files: list[Path]) -> None:
-        """ZeRO-3: one fragment per rank and frozen parameter; the ranks must agree on the model."""
+        """ZeRO-3: one fragment per rank and frozen parameter; the ranks must agree on the model.
+
+        Where DeepSpeed was told to leave them out it wrote None for both.
+        """
         agreed, fragments = None, []
         for file in files:
             state = load(file)
-            shapes = entry(state, "frozen_param_shapes", dict, file)
+            shapes = entry(state, "frozen_param_shapes", (dict, NoneType), file) or {}
             step = entry(state, "global_steps", int, file)
             claim = (entry(state, "param_shapes", list, file), shapes, step)
             agreed = agreed or claim
             if claim != agreed:
                 raise ValueError(f"{file} belongs to another model or step than {files[0].name}")
-            fragments.append(entry(state, "frozen_param_fragments", dict, file))
+            fragments.append(entry(state, "frozen_param_fragments", (dict, NoneType), file) or {})
             for name, shape in shapes.items():
                 found = fragments[-1][name].numel() if name in fragments[-1] else 0
                 share = _share_numel(shape, len(files))
@@ -214,19 +219,11 @@ class ZeroCheckpoint:
         for alias, name in self.aliases.items():
             self.tensors[alias], self._spans[alias] = self.tensors[name], self._spans[name]
 
-    def _add_resident(self) -> None:
-        """Frozen weights that were whole on every rank, which DeepSpeed knows nothing of."""
-        path = self.folder / RESIDENT_FILE
-        if not path.is_file():
-            return
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - a handle, not a dict
-                    if name in self.tensors:
-                        raise ValueError(f"{path} holds {name}, and so do the files of the ranks")
-                    self._add_whole(name, "frozen", file.get_tensor(name))
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+    def _add_frozen_file(self, path: Path) -> None:
+        for name, tensor in load_safetensors(path).items():
+            if name in self.tensors:
+                raise ValueError(f"{path} holds {name}, and so do other files of {self.folder}")
+            self._add_whole(name, "frozen", tensor)
 
 
 class _Span(NamedTuple):

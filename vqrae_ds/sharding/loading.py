@@ -21,7 +21,7 @@ from vqrae_ds.conversion.optimizer_states import (
     read_optimizer_states,
 )
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
-from vqrae_ds.sharding import first_weights, partitions, resident
+from vqrae_ds.sharding import partitions, resident
 from vqrae_ds.sharding.partitions import Part
 
 NUM_NAMED = 3  # of the tensors that do not fit: a message stays one line
@@ -69,8 +69,7 @@ def load(engine: Any, stored: Stored) -> None:
     partitions.set_optimizer_state(engine, _optimizer_state(engine, stored.states))
     partitions.publish_masters(engine)
     partitions.set_counters(engine, stored.counters)
-    for module in (engine.module, *resident.resident_modules(engine.module).values()):
-        first_weights.check_filled(module)
+    resident.check_filled(engine.module)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 What is in the tree under ZeRO-3 is partitioned, and released after every step. Outside it there is
 nothing to gather; there is no gradient to reduce either. The module stays an attribute of its
-owner, so the model's code is the same. Its tensors are in no checkpoint of DeepSpeed's.
+owner, so the model's code is the same. DeepSpeed knows nothing of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqrae_ds.models.training_model import TrainingModel
+from vqrae_ds.sharding import first_weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,3 +71,9 @@ def state(model: nn.Module) -> dict[str, Tensor]:
         for prefix, module in resident_modules(model).items()
         for name, tensor in module.state_dict().items()
     }
+
+
+def check_filled(model: nn.Module) -> None:
+    """`first_weights.check_filled` of all that is in the tree, and of what is outside of it."""
+    for module in (model, *resident_modules(model).values()):
+        first_weights.check_filled(module)
