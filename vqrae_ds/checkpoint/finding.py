@@ -64,8 +64,7 @@ def resolve_start(run: Run) -> Run:
 
 
 def _find_damage(folder: Path) -> list[str]:
-    """A line for each file of the folder that is not what the manifest says; each rank reads its
-    share."""
+    """A line for each file in it that is not what the manifest says; each rank reads its share."""
     found = from_rank_0(lambda: manifest.read_manifest(folder))
     mine = dict(list(found.files.items())[dist.get_rank() :: dist.get_world_size()])
     found = found._replace(files=mine, frozen=None)
