@@ -43,7 +43,7 @@ def write_step(
     step: int = 1000,
 ) -> Path:
     """A step folder as the trainer leaves it, without a discriminator; returns `folder`."""
-    write_zero3(folder / "generator", trained, frozen, buffers, world_size=world_size)
+    write_zero3(folder / "generator", trained, frozen, buffers, world_size=world_size, step=step)
     (folder / "model_config.json").write_text('{"image_size": 448,  "b": 1}')
     (folder / "trainer_state.json").write_text(json.dumps({"step": step, "stage": 1}))
     seal(folder, step=step, world_size=world_size)
@@ -57,7 +57,13 @@ def seal(folder: Path, *, step: int = 1000, world_size: int = 3) -> None:
 
 
 def write_zero3(
-    folder: Path, trained: Tensors, frozen: Tensors, buffers: Tensors, *, world_size: int
+    folder: Path,
+    trained: Tensors,
+    frozen: Tensors,
+    buffers: Tensors,
+    *,
+    world_size: int,
+    step: int = 1000,
 ) -> None:
     """The ZeRO-3 files of one engine; each trained tensor in a sub-group of its own."""
     folder.mkdir(parents=True)
@@ -73,11 +79,18 @@ def write_zero3(
                 n: _share(t, rank, world_size, poison=3e9) for n, t in frozen.items()
             },
             "shared_params": {},
-            "global_steps": 7,
+            "global_steps": step,
+            "skipped_steps": 0,
         }
         torch.save(model, folder / f"{name}_model_states.pt")
         flats = [_share(t, rank, world_size, poison=3e9) for t in trained.values()]
-        state = {"partition_count": world_size, "zero_stage": 3, "fp32_flat_groups": flats}
+        adam = {"state": {i: {"step": torch.tensor(float(step))} for i in range(len(flats))}}
+        state = {
+            "partition_count": world_size,
+            "zero_stage": 3,
+            "fp32_flat_groups": flats,
+            "optimizer_state_dict": adam,
+        }
         torch.save({"optimizer_state_dict": state}, folder / f"{name}_optim_states.pt")
 
 

@@ -1,7 +1,8 @@
 """The manifest of a checkpoint folder: its files, how long they are, what they hash to.
 
 `manifest.json` is written last, under a temporary name and renamed, so a folder that has one is
-complete. DeepSpeed writes no checksum, and loads a file with a flipped byte without a word.
+complete. DeepSpeed writes no checksum, and loads a file with a flipped byte without a word. The
+manifest vouches for itself too: it is sealed (`write_sealed`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import xxhash
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+_SEAL = "seal_xxh3_128"
 _READ_BYTES = 1 << 22
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
@@ -60,28 +63,33 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publish `folder` as complete. Every file must be on disk, and every rank past its writes."""
     payload = {"format_version": FORMAT_VERSION, **manifest._asdict()}
     payload["files"] = {name: record._asdict() for name, record in manifest.files.items()}
-    write_json_atomically(Path(folder) / MANIFEST_NAME, payload)
+    write_sealed(Path(folder) / MANIFEST_NAME, payload)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of `folder`.
 
-    Raises `ValueError` when there is none (an interrupted save) or when it cannot be understood.
+    Raises `ValueError` when there is none (an interrupted save), when it cannot be understood, and
+    when it is of another step than the folder's name says.
     """
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: it is not a complete checkpoint")
     try:
-        payload: dict[str, Any] = json.loads(path.read_text())
+        payload = read_sealed(path)
         version = payload.pop("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{path} has format version {version}, this code reads {FORMAT_VERSION}"
             )
         payload["files"] = {name: FileRecord(**r) for name, r in payload["files"].items()}
-        return Manifest(**payload)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        manifest = Manifest(**payload)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable manifest: {error}") from error
+    named = _STEP_FOLDER.fullmatch(Path(folder).resolve().name)
+    if named and int(named[1]) != manifest.step:
+        raise ValueError(f"{path} is of step {manifest.step}, its folder is named {named[0]}")
+    return manifest
 
 
 def complete_steps(checkpoints: Path) -> list[Path]:
@@ -123,26 +131,64 @@ def find_step_folders(path: Path) -> list[Path]:
 
 def find_damage(folder: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:
     """One line per missing, resized or altered file of `folder`; empty if it is intact."""
+    return find_damaged_files(folder, manifest.files, checksums=checksums)
+
+
+def find_damaged_files(
+    folder: Path, files: Mapping[str, FileRecord], *, checksums: bool = True
+) -> list[str]:
+    """As `find_damage`, of files by their paths relative to `folder`."""
     damage = []
-    for name, record in manifest.files.items():
+    for name, record in files.items():
         path = Path(folder) / name
         if not path.is_file():
             damage.append(f"{name} is missing")
         elif path.stat().st_size != record.size:
-            damage.append(
-                f"{name} has {path.stat().st_size} bytes, the manifest says {record.size}"
-            )
+            found = path.stat().st_size
+            damage.append(f"{name} has {found} bytes, the manifest says {record.size}")
         elif checksums and hash_file(path) != record:
             damage.append(f"{name} does not match its checksum")
     return damage
 
 
+def write_sealed(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write a JSON object, atomically, that any change of a byte makes unreadable.
+
+    Under a key of its own it holds the digest of the file in which that digest is zeros.
+    """
+    write_json_atomically(path, {**payload, _SEAL: _seal(payload)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object that `write_sealed` wrote; one without a seal, of an earlier version, as it is.
+
+    Raises `ValueError` where the file is not what was written.
+    """
+    content = path.read_bytes()
+    try:
+        payload = json.loads(content)
+    except ValueError as error:  # a `JSONDecodeError`, or text that is not UTF-8
+        raise ValueError(f"{path} is not a readable manifest: {error}") from error
+    if isinstance(payload, dict) and _SEAL in payload:
+        seal = payload.pop(_SEAL)
+        if seal != _seal(payload) or content != _encode({**payload, _SEAL: seal}):
+            raise ValueError(f"{path} was altered after it was written: its seal is broken")
+    return payload
+
+
+def _seal(payload: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(_encode({**payload, _SEAL: "0" * 32}))
+
+
+def _encode(payload: Any) -> bytes:
+    return (json.dumps(payload, indent=2, sort_keys=True) + "\n").encode()
+
+
 def write_json_atomically(path: Path, payload: Any) -> None:
     """Write JSON so that `path` holds its old content or the whole new one, after a crash too."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(payload, file, indent=2, sort_keys=True)
-        file.write("\n")
+    with open(temporary, "wb") as file:
+        file.write(_encode(payload))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
-from vqrae_ds.manifest import write_json_atomically
+from vqrae_ds.manifest import FileRecord, hash_file, write_json_atomically
 
 _CHUNK_ELEMENTS = 1 << 20
 _DTYPE_CODES = {
@@ -56,8 +57,13 @@ class StreamedTensor(NamedTuple):
                 yield chunk.view(torch.uint8)
 
 
-def write_file(path: Path, tensors: list[StreamedTensor], advance: Callable[[int], object]) -> None:
-    """Write and sync `tensors` to one file; `advance` is told the bytes of each chunk written."""
+def write_file(
+    path: Path, tensors: list[StreamedTensor], advance: Callable[[int], object]
+) -> FileRecord:
+    """Write and sync `tensors` to one file; `advance` is told the bytes of each chunk written.
+
+    The digest that it returns is of what was to be written, not of what a disk made of it.
+    """
     # Wide types first, and a header of whole words: readers view the mapped bytes in place, and
     # torch wants every tensor aligned to its element.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
@@ -69,15 +75,21 @@ def write_file(path: Path, tensors: list[StreamedTensor], advance: Callable[[int
         header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    encoded = len(encoded).to_bytes(8, "little") + encoded
+    digest = xxhash.xxh3_128(encoded)
     with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(encoded)
         for tensor in tensors:
             for chunk in tensor.chunks():
-                file.write(chunk.numpy())
-                advance(chunk.numel())
-        assert file.tell() == 8 + len(encoded) + end, "the pieces do not add up to the tensors"
+                content = chunk.numpy()
+                file.write(content)
+                digest.update(content)
+                advance(len(content))
+        size = file.tell()
+        assert size == len(encoded) + end, "the pieces do not add up to the tensors"
         file.flush()
         os.fsync(file.fileno())
+    return FileRecord(size, digest.hexdigest())
 
 
 def write_model(
@@ -85,23 +97,24 @@ def write_model(
     tensors: list[StreamedTensor],
     max_shard_bytes: int,
     advance: Callable[[int], object],
-) -> None:
+) -> dict[str, FileRecord]:
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` and their index.
 
-    A single tensor that is larger gets a file of its own.
+    A single tensor that is larger gets a file of its own. Returns what was written, by its name.
     """
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", tensors, advance)
-        return
-    weight_map = {}
+        return {"model.safetensors": write_file(folder / "model.safetensors", tensors, advance)}
+    files, weight_map = {}, {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard, advance)
+        files[name] = write_file(folder / name, shard, advance)
         weight_map.update({tensor.name: name for tensor in shard})
     total = sum(tensor.num_bytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json_atomically(folder / "model.safetensors.index.json", index)
+    path = folder / "model.safetensors.index.json"
+    write_json_atomically(path, index)
+    return files | {path.name: hash_file(path)}
 
 
 def compare(
@@ -158,4 +171,6 @@ def _difference(
             return "differs from the checkpoint"
         position += chunk.numel()
         advance(chunk.numel())
+    if position != stored_bytes.numel():
+        return f"holds {stored_bytes.numel()} bytes, the checkpoint {position}"
     return None

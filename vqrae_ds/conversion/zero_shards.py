@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vqrae_ds.conversion.rank_checks import check_addresses, check_same_step, check_stored
 from vqrae_ds.conversion.rank_files import (
     RESIDENT_FILE,
     Files,
@@ -48,7 +49,11 @@ class ZeroCheckpoint:
     `tensors` maps a name to its `TensorInfo`: fp32 masters of the trained parameters, frozen
     parameters in the dtype they were trained beside, and the persistent buffers of rank 0.
     A parameter that is shared under several names appears under each of them. With `averages` the
-    moving averages in the step folder above take the place of the masters.
+    moving averages in the step folder above take the place of the masters. `files` are the ranks'
+    files, `step` is the number of steps that the engine had made.
+
+    Every element of a tensor is read once, and in order: under ZeRO-3 the shares follow each other
+    without a gap to the end of each rank's vector, below it `check_addresses` says so.
 
     Raises `ValueError`, naming the file, when a rank's file is missing or one too many, when the
     ranks contradict each other, and when a file is damaged or holds anything but plain data.
@@ -58,14 +63,16 @@ class ZeroCheckpoint:
         self.folder = Path(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self._spans: dict[str, list[_Span]] = {}
-        files = find_files(self.folder)
+        files = self.files = find_files(self.folder)
+        self.step = check_same_step(files)
         masters = read_masters(files)
+        check_addresses(masters, files.optimizers)
         if averages:
             masters = read_averages(self.folder.parent, masters)
         state = load(files.models[0])
         module = entry(state, "module", dict, files.models[0])
         for name in entry(state, "buffer_names", list, files.models[0]):
-            self._add_whole(name, "buffer", module[name])
+            self._add_whole(name, "buffer", entry(module, name, torch.Tensor, files.models[0]))
         shared = entry(state, "shared_params", dict, files.models[0])
         self._add_trained(entry(state, "param_shapes", list, files.models[0]), masters, files)
         if files.partitioned:
@@ -109,6 +116,8 @@ class ZeroCheckpoint:
         return self.folder
 
     def _add(self, name: str, shape: Sequence[int], kind: Kind, spans: list[_Span]) -> None:
+        for span in spans:
+            check_stored(name, span.tensor, self.folder)
         found = sum(span.numel for span in spans)
         if found != math.prod(shape):
             raise ValueError(
