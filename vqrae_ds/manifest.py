@@ -168,7 +168,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     try:
         payload = json.loads(content)
     except ValueError as error:  # a `JSONDecodeError`, or text that is not UTF-8
-        raise ValueError(f"{path} is not a readable manifest: {error}") from error
+        raise ValueError(f"{path} is not a readable {path.stem}: {error}") from error
     if isinstance(payload, dict) and _SEAL in payload:
         seal = payload.pop(_SEAL)
         if seal != _seal(payload) or content != _encode({**payload, _SEAL: seal}):

@@ -38,14 +38,15 @@ def check_same_step(files: Files) -> int:
     return steps[0]
 
 
-def check_step_of_manifest(files: Files, step: int) -> None:
+def check_step_of_manifest(files: Files, step: int, *, began_later: bool = False) -> None:
     """Raise `ValueError` where the engine's files are not of `step`, that of their manifest.
 
-    A step that DeepSpeed skipped counts for the engine, and not for its optimizer.
+    An engine that `began_later`, as a discriminator may, has made fewer. A step that DeepSpeed
+    skipped counts for the engine, and not for its optimizer.
     """
     state = load(files.models[0])
     found = entry(state, "global_steps", int, files.models[0])
-    if found != step:
+    if found > step or (found < step and not began_later):
         raise ValueError(f"{files.models[0]} is of step {found}, the manifest is of step {step}")
     skipped = entry(state, "skipped_steps", int, files.models[0]) if "skipped_steps" in state else 0
     taken = optimizer_steps(files.optimizers[0])

@@ -103,6 +103,11 @@ class ZeroCheckpoint:
             position += piece.numel()
         return torch.cat(parts)
 
+    @property
+    def num_ranks(self) -> int:
+        """How many data-parallel ranks wrote it."""
+        return len(self.files.optimizers)
+
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self.tensors)
