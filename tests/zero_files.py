@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
+from tests.tiny import build_model
 from vqrae_ds.manifest import Manifest, hash_file, list_files, write_manifest
+from vqrae_ds.models.vqrae import VQRAE, config_json
 
 Tensors = dict[str, torch.Tensor]
 
@@ -50,6 +52,32 @@ def write_step(
     return folder
 
 
+def write_model_step(folder: Path, *, step: int = 1000, world_size: int = 2) -> VQRAE:
+    """The step folder of a tiny model, as stage 1 leaves it: averages, random states, everything.
+
+    Returns the model in the values of the checkpoint: its frozen encoder is rounded to bf16.
+    """
+    model = build_model(seed=step).requires_grad_(False)
+    for parameter in model.encoder.parameters():
+        parameter.copy_(parameter.bfloat16())
+    tensors = {f"vqrae.{name}": tensor for name, tensor in model.state_dict().items()}
+    buffers = {f"vqrae.{name}" for name, _ in model.named_buffers()}
+    frozen = {n: t.bfloat16() for n, t in tensors.items() if n.startswith("vqrae.encoder.")}
+    trained = {n: t for n, t in tensors.items() if n not in buffers and n not in frozen}
+    held = {n: t for n, t in tensors.items() if n in buffers}
+    write_zero3(folder / "generator", trained, frozen, held, world_size=world_size, step=step)
+    discriminator = {"stem.weight": torch.randn(4, 3), "stem.bias": torch.randn(4)}
+    write_zero3(folder / "discriminator", discriminator, {}, {}, world_size=world_size, step=step)
+    write_averages(folder, {n: t + 1 for n, t in trained.items()}, world_size=world_size)
+    for rank in range(world_size):
+        torch.save({"cpu": torch.get_rng_state()}, folder / f"rng_rank_{rank:05d}.pt")
+    (folder / "model_config.json").write_text(config_json(model.config))
+    (folder / "run.json").write_text('{"stage": 1}')
+    (folder / "trainer_state.json").write_text(json.dumps({"step": step, "stage": 1}))
+    seal(folder, step=step, world_size=world_size)
+    return model.eval()
+
+
 def seal(folder: Path, *, step: int = 1000, world_size: int = 3) -> None:
     """Write the manifest of `folder` as it is now."""
     files = {name: hash_file(folder / name) for name in list_files(folder)}
@@ -81,6 +109,7 @@ def write_zero3(
             "shared_params": {},
             "global_steps": step,
             "skipped_steps": 0,
+            "ds_version": "0.19.8",
         }
         torch.save(model, folder / f"{name}_model_states.pt")
         flats = [_share(t, rank, world_size, poison=3e9) for t in trained.values()]

@@ -40,7 +40,6 @@ from vqrae_ds.conversion.output_folder import (
     progress_bar,
     sync,
 )
-from vqrae_ds.conversion.rank_files import entry, load
 from vqrae_ds.conversion.record import RECORD_NAME, Record, find_damage, read_record, write_record
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
@@ -208,6 +207,5 @@ def _describe(
             *described, manifest.step, manifest.stage, manifest.versions, digest, dict(files)
         )
     generator = ZeroCheckpoint(source.generator)
-    path = generator.files.models[0]
-    versions = {"deepspeed": str(entry(load(path), "ds_version", str, path))}
+    versions = {"deepspeed": generator.deepspeed_version}
     return Record(*described, generator.step, None, versions, None, dict(files))

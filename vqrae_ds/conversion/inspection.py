@@ -143,9 +143,8 @@ def _inspect_foreign(folder: Path, verify: bool) -> Inspection:
     except ValueError as error:
         damage += [] if damage else [str(error)]
     else:
-        path = checkpoint.files.models[0]
         facts["step"] = str(checkpoint.step)
-        facts["versions"] = f"deepspeed {entry(load(path), 'ds_version', str, path)}"
+        facts["versions"] = f"deepspeed {checkpoint.deepspeed_version}"
         facts["engine"] = _layout(checkpoint)
         tensors += _entries("engine", checkpoint)
     what = "checkpoint of plain DeepSpeed, without a manifest"

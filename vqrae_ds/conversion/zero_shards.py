@@ -50,7 +50,7 @@ class ZeroCheckpoint:
     parameters in the dtype they were trained beside, and the persistent buffers of rank 0.
     A parameter that is shared under several names appears under each of them. With `averages` the
     moving averages in the step folder above take the place of the masters. `files` are the ranks'
-    files, `step` is the number of steps that the engine had made.
+    files, `step` is the number of steps that the engine had made, `deepspeed_version` wrote it.
 
     Every element of a tensor is read once, and in order: under ZeRO-3 the shares follow each other
     without a gap to the end of each rank's vector, below it `check_addresses` says so.
@@ -70,6 +70,7 @@ class ZeroCheckpoint:
         if averages:
             masters = read_averages(self.folder.parent, masters)
         state = load(files.models[0])
+        self.deepspeed_version = str(state.get("ds_version", "unknown"))
         module = entry(state, "module", dict, files.models[0])
         for name in entry(state, "buffer_names", list, files.models[0]):
             self._add_whole(name, "buffer", entry(module, name, torch.Tensor, files.models[0]))
@@ -182,7 +183,8 @@ class ZeroCheckpoint:
                 raise ValueError(f"{file} belongs to another model or step than {files[0].name}")
             fragments.append(entry(state, "frozen_param_fragments", dict, file))
             for name, shape in shapes.items():
-                found = fragments[-1][name].numel() if name in fragments[-1] else 0
+                fragment = fragments[-1].get(name)
+                found = fragment.numel() if isinstance(fragment, torch.Tensor) else 0
                 share = _share_numel(shape, len(files))
                 if found != share:
                     raise ValueError(f"{file} holds {found} elements of {name}, not {share}")
