@@ -1,6 +1,6 @@
 """Random damage to every file of a checkpoint and of a conversion: all of it is found and named.
 
-`VQRAE_DAMAGE_DRILL=10000` makes that many flips and cuts in each folder instead of a few hundred.
+`VQRAE_DAMAGE_DRILL=10000` makes that many flips and cuts in each folder instead of 100.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vqrae_ds.conversion.inspection import inspect
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.manifest import complete_steps, read_manifest
 
-NUMBER = int(os.environ.get("VQRAE_DAMAGE_DRILL", "200"))
+NUMBER = int(os.environ.get("VQRAE_DAMAGE_DRILL", "100"))
 
 
 class Folders(NamedTuple):

@@ -1,4 +1,4 @@
-"""Checkpoints that plain DeepSpeed wrote: found by `latest`, converted with a warning, or refused."""
+"""Checkpoints that plain DeepSpeed wrote: found by `latest`, converted with a warning, refused."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_command_line_asks_for_the_model_and_says_what_is_wrong(folder, tmp_
     assert status == 2 and "give --model-config FILE" in error and error.count("\n") == 1
     (tmp_path / "other.json").write_text(config_json(build_model().config).replace("48", "96"))
     for config, message in {
-        tmp_path / "other.json": "config",
+        tmp_path / "other.json": "has shape (1, 1, 48), the model (1, 1, 96)",
         folder / "held.pt": "neither .yaml nor .json",
         tmp_path / "none.yaml": "no such file",
     }.items():
