@@ -21,7 +21,6 @@ import torch
 from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.conversion.checkpoint_source import find_checkpoint
 from vqrae_ds.conversion.consolidate import consolidate, verify
-from vqrae_ds.conversion.forward_check import compare_forward
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -78,6 +77,9 @@ def main() -> None:
     )
     notes = ", moving averages" if args.ema else ""
     if args.verify:
+        # Imported here: the model's libraries take longer, and more memory, than a conversion.
+        from vqrae_ds.conversion.forward_check import compare_forward
+
         verify(checkpoint, args.output, model_config=args.model_config, progress=True)
         skipped = compare_forward(checkpoint, args.output, model_config=args.model_config)
         forward = f"forward pass skipped: {skipped}" if skipped else "forward pass equal"

@@ -23,7 +23,6 @@ from vqrae_ds.manifest import (
     find_step_folder,
     read_manifest,
 )
-from vqrae_ds.models.vqrae import config_json
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +107,9 @@ def describe_source(folder: Path, model_config: Path | None) -> CheckpointSource
                 f"{folder} has no {MODEL_CONFIG}, for plain DeepSpeed wrote it: give "
                 "--model-config FILE, a YAML with the section `model` or a config.json"
             )
+        # Imported here: the model's libraries take longer, and more memory, than a conversion.
+        from vqrae_ds.models.vqrae import config_json
+
         text = config_json(read_model_config(model_config))
         return CheckpointSource(folder, folder, None, None, text)
     discriminator = folder / DISCRIMINATOR

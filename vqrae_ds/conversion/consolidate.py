@@ -44,7 +44,6 @@ from vqrae_ds.conversion.record import RECORD_NAME, Record, find_damage, read_re
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.manifest import MANIFEST_NAME, FileRecord, hash_file
-from vqrae_ds.models.vqrae import VQRAE
 from vqrae_ds.models.weights import check_names, check_shape
 
 Target = Literal["stage2", "inference"]
@@ -134,6 +133,8 @@ def model_prefix(generator: ZeroCheckpoint) -> str:
 
 def _check_fits_model(source: CheckpointSource, model_config: Path) -> None:
     """Names and shapes are those of the model; the trainer's own checkpoints are so by birth."""
+    from vqrae_ds.models.vqrae import VQRAE  # its libraries are needed here alone
+
     generator = ZeroCheckpoint(source.generator)
     prefix = model_prefix(generator)
     with torch.device("meta"):
