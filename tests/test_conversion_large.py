@@ -35,7 +35,7 @@ def test_6b_parameters_convert_in_less_than_1_gib(capsys):
         pytest.skip(f"{place} has less than {needed / 1e9:.0f} GB free")
     with tempfile.TemporaryDirectory(dir=place) as temporary:
         checkpoint, output = Path(temporary) / "step_00001000", Path(temporary) / "out"
-        write_checkpoint(checkpoint, SHAPE, num_ranks=8, filled=False)
+        write_checkpoint(checkpoint, SHAPE, num_ranks=32, filled=False)
         command = [sys.executable, str(TOOLS / "convert_checkpoint.py"), str(checkpoint)]
         cost = measure([*command, str(output), "--to", "inference", "--dtype", "bf16"])
         converted = sum(path.stat().st_size for path in output.glob("*.safetensors"))

@@ -94,7 +94,7 @@ def write_checkpoint(folder: Path, shape: Shape, num_ranks: int, *, filled: bool
         del model
         numel = sum(_share(s, num_ranks) for s in trained.values())
         moments = {"step": torch.tensor(float(STEP))}
-        moments |= {key: torch.zeros(numel) for key in ("exp_avg", "exp_avg_sq")}
+        moments |= {key: _zeros(numel, torch.float32) for key in ("exp_avg", "exp_avg_sq")}
         state = {
             "zero_stage": 3,
             "partition_count": num_ranks,
@@ -114,9 +114,14 @@ class _Values:
 
     def values(self, numel: int, dtype: torch.dtype) -> Tensor:
         if self.random is None:
-            return torch.zeros(numel, dtype=dtype)
+            return _zeros(numel, dtype)
         # bf16 is drawn as such: a fp32 draw first would need three times the memory.
         return torch.randn(numel, dtype=dtype, generator=self.random)
+
+
+def _zeros(numel: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are written to; those of PyTorch are written at once."""
+    return torch.from_numpy(np.zeros(numel * dtype.itemsize, np.uint8)).view(dtype)
 
 
 def _share(shape: torch.Size, num_ranks: int) -> int:
