@@ -16,7 +16,9 @@ from vqrae_ds.manifest import (
     hash_file,
     list_files,
     read_manifest,
+    read_sealed,
     write_manifest,
+    write_sealed,
 )
 
 
@@ -134,3 +136,33 @@ def test_complete_steps_are_newest_first_and_the_others_do_not_exist(tmp_path, c
     assert steps == ["step_00000010", "step_00000002"]
     assert "step_00000011" in caplog.text and "step_00000009" in caplog.text
     assert complete_steps(tmp_path / "nothing") == []
+
+
+def test_a_sealed_file_is_read_as_it_was_written_and_in_no_other_way(tmp_path):
+    path = tmp_path / "sealed.json"
+    payload = {"text": "a \u00e9", "numbers": [1, 0.1 + 0.2, None], "inner": {"b": True}}
+    write_sealed(path, payload)
+    assert read_sealed(path) == payload
+    intact = path.read_bytes()
+    for place in range(len(intact)):
+        for bit in range(8):
+            flipped = bytes([intact[place] ^ (1 << bit)])
+            path.write_bytes(intact[:place] + flipped + intact[place + 1 :])
+            try:
+                found = read_sealed(path)
+            except ValueError as error:
+                assert "sealed.json" in str(error)
+            else:  # its key is another name now, which no reader of an object takes
+                assert found.keys() - payload.keys(), (place, bit)
+        path.write_bytes(intact[:place])
+        with pytest.raises(ValueError, match="sealed.json"):
+            read_sealed(path)
+
+
+def test_an_unsealed_manifest_of_an_earlier_version_is_read(tmp_path):
+    manifest = publish(tmp_path / "x")
+    path = tmp_path / "x" / "manifest.json"
+    payload = json.loads(path.read_text())
+    del payload["seal_xxh3_128"]
+    path.write_text(json.dumps(payload))
+    assert read_manifest(tmp_path / "x") == manifest

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from tests.tiny import build_model
 from vqrae_ds.manifest import FileRecord, Manifest, hash_file, list_files, write_manifest
+from vqrae_ds.models.vqrae import VQRAE, config_json
 
 Tensors = dict[str, torch.Tensor]
 
@@ -45,11 +47,37 @@ def write_step(
     step: int = 1000,
 ) -> Path:
     """A step folder as the trainer leaves it, without a discriminator; returns `folder`."""
-    write_zero3(folder / "generator", trained, frozen, buffers, world_size=world_size)
+    write_zero3(folder / "generator", trained, frozen, buffers, world_size=world_size, step=step)
     (folder / "model_config.json").write_text('{"image_size": 448,  "b": 1}')
     (folder / "trainer_state.json").write_text(json.dumps({"step": step, "stage": 1}))
     seal(folder, step=step, world_size=world_size)
     return folder
+
+
+def write_model_step(folder: Path, *, step: int = 1000, world_size: int = 2) -> VQRAE:
+    """The step folder of a tiny model, as stage 1 leaves it: averages, random states, everything.
+
+    Returns the model in the values of the checkpoint: its frozen encoder is rounded to bf16.
+    """
+    model = build_model(seed=step).requires_grad_(False)
+    for parameter in model.encoder.parameters():
+        parameter.copy_(parameter.bfloat16())
+    tensors = {f"vqrae.{name}": tensor for name, tensor in model.state_dict().items()}
+    buffers = {f"vqrae.{name}" for name, _ in model.named_buffers()}
+    frozen = {n: t.bfloat16() for n, t in tensors.items() if n.startswith("vqrae.encoder.")}
+    trained = {n: t for n, t in tensors.items() if n not in buffers and n not in frozen}
+    held = {n: t for n, t in tensors.items() if n in buffers}
+    write_zero3(folder / "generator", trained, frozen, held, world_size=world_size, step=step)
+    discriminator = {"stem.weight": torch.randn(4, 3), "stem.bias": torch.randn(4)}
+    write_zero3(folder / "discriminator", discriminator, {}, {}, world_size=world_size, step=step)
+    write_averages(folder, {n: t + 1 for n, t in trained.items()}, world_size=world_size)
+    for rank in range(world_size):
+        torch.save({"cpu": torch.get_rng_state()}, folder / f"rng_rank_{rank:05d}.pt")
+    (folder / "model_config.json").write_text(config_json(model.config))
+    (folder / "run.json").write_text('{"stage": 1}')
+    (folder / "trainer_state.json").write_text(json.dumps({"step": step, "stage": 1}))
+    seal(folder, step=step, world_size=world_size)
+    return model.eval()
 
 
 def seal(
@@ -82,7 +110,13 @@ def write_split_step(run_folder: Path, step: int = 1000) -> Path:
 
 
 def write_zero3(
-    folder: Path, trained: Tensors, frozen: Tensors | None, buffers: Tensors, *, world_size: int
+    folder: Path,
+    trained: Tensors,
+    frozen: Tensors | None,
+    buffers: Tensors,
+    *,
+    world_size: int,
+    step: int = 1000,
 ) -> None:
     """The ZeRO-3 files of one engine; each trained tensor in a sub-group of its own.
 
@@ -103,12 +137,20 @@ def write_zero3(
                 n: _share(t, rank, world_size, poison=3e9) for n, t in frozen.items()
             },
             "shared_params": {},
-            "global_steps": 7,
+            "global_steps": step,
+            "skipped_steps": 0,
+            "ds_version": "0.19.8",
             **excluded,
         }
         torch.save(model, folder / f"{name}_model_states.pt")
         flats = [_share(t, rank, world_size, poison=3e9) for t in trained.values()]
-        state = {"partition_count": world_size, "zero_stage": 3, "fp32_flat_groups": flats}
+        adam = {"state": {i: {"step": torch.tensor(float(step))} for i in range(len(flats))}}
+        state = {
+            "partition_count": world_size,
+            "zero_stage": 3,
+            "fp32_flat_groups": flats,
+            "optimizer_state_dict": adam,
+        }
         torch.save({"optimizer_state_dict": state}, folder / f"{name}_optim_states.pt")
 
 

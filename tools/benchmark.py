@@ -1,11 +1,14 @@
 """Measure the trainer against a peer, both in one run on this machine.
 
-  step   a training step against a bare DeepSpeed loop of the same model, losses and data:
-         time, collectives, waits for the device (2 ranks, about 5 minutes on 2 CPU cores)
+  step     a training step against a bare DeepSpeed loop of the same model, losses and data:
+           time, collectives, waits for the device (2 ranks, about 5 minutes on 2 CPU cores)
+  convert  tools/convert_checkpoint.py against DeepSpeed's zero_to_fp32 on the same ZeRO-3
+           checkpoint of 8 ranks: processor time, memory (about 3 minutes and 6 GB of disk)
 
 examples:
   python tools/benchmark.py step
   python tools/benchmark.py step --cases stage2 --pairs 200 --json step.json
+  python tools/benchmark.py convert --parameters 5e8 --folder /scratch
 
 Each row has ours, the peer's, and ratio = ours / peer; where the peer is 0 there is no ratio.
 """
@@ -38,13 +41,28 @@ def main() -> None:
         metavar="N",
         help="timed blocks of each loop (default: %(default)s)",
     )
-    step.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    convert = names.add_parser("convert", **help_of_all)
+    convert.add_argument(
+        "--parameters",
+        nargs="+",
+        type=float,
+        default=(125e6, 250e6, 500e6),
+        metavar="N",
+        help="sizes of the models, about (default: 125e6 250e6 500e6)",
+    )
+    convert.add_argument("--folder", type=Path, help="where to make the files, and remove them")
+    for parser_of_one in (step, convert):
+        parser_of_one.add_argument(
+            "--json", type=Path, metavar="FILE", help="write the rows here too"
+        )
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
 
     if args.name == "step":
         report = run_step(args)
+    elif args.name == "convert":
+        report = run_convert(args)
     print(as_text(report))
     for name, details in report.details.items():
         print(f"{name}: {json.dumps(details)}")
@@ -61,6 +79,18 @@ def run_step(args: argparse.Namespace) -> Report:
     from vqrae_ds.train import train
 
     return measure_step(Trainer(prepare, train), args.cases, args.pairs)
+
+
+def run_convert(args: argparse.Namespace) -> Report:
+    """The benchmark `convert`."""
+    if min(args.parameters) < 1e6:
+        raise ValueError(f"--parameters {min(args.parameters):g} is not a model: 1e6 or more")
+    if args.folder is not None and not args.folder.is_dir():
+        raise ValueError(f"--folder {args.folder} is no folder")
+    from vqrae_ds.benchmarks.convert import measure_convert
+
+    tool = Path(__file__).with_name("convert_checkpoint.py")
+    return measure_convert(tool, args.parameters, args.folder)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,12 @@
 example:
   python tools/convert_checkpoint.py runs/stage1 runs/stage1/for_stage2 --to stage2 --verify
   python tools/convert_checkpoint.py runs/stage2 runs/model --to inference --dtype bf16 --ema
+
+A checkpoint that plain DeepSpeed wrote has no checksums; it needs the model's description:
+  python tools/convert_checkpoint.py other_run model --to inference --model-config stage1.yaml
+
+exit status: 0 done, 1 the machine failed (a full disk), 2 a mistake or a damaged checkpoint;
+except for 0, no OUT is left.
 """
 
 from __future__ import annotations
@@ -13,8 +19,8 @@ from pathlib import Path
 import torch
 
 from vqrae_ds.command_line import OneLineParser, run_tool
+from vqrae_ds.conversion.checkpoint_source import find_checkpoint
 from vqrae_ds.conversion.consolidate import consolidate, verify
-from vqrae_ds.manifest import find_step_folder
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,7 +34,8 @@ def main() -> None:
         "checkpoint",
         metavar="CKPT",
         type=Path,
-        help="step folder; or a run or its checkpoints folder: then its newest complete step",
+        help="step folder; or a run or its checkpoints folder: then its newest complete step; "
+        "or a folder with DeepSpeed's `latest`, or of one of its engines",
     )
     parser.add_argument("output", metavar="OUT", type=Path, help="new folder for the weights")
     parser.add_argument(
@@ -46,22 +53,37 @@ def main() -> None:
         help="the moving averages of the trained weights instead of the weights",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read OUT back and compare every element"
+        "--model-config",
+        type=Path,
+        metavar="FILE",
+        help="for a checkpoint without model_config.json: a recipe (.yaml) or a config.json",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read OUT back, compare every element, and an image that goes through both models",
     )
     args = parser.parse_args()
 
-    checkpoint = find_step_folder(args.checkpoint)
+    checkpoint = find_checkpoint(args.checkpoint)
     consolidate(
         checkpoint,
         args.output,
         to=args.to,
         dtype=_DTYPES[args.dtype],
         ema=args.ema,
+        model_config=args.model_config,
         progress=True,
     )
+    notes = ", moving averages" if args.ema else ""
     if args.verify:
-        verify(checkpoint, args.output, progress=True)
-    notes = f"{', moving averages' if args.ema else ''}{', verified' if args.verify else ''}"
+        # Imported here: the model's libraries take longer, and more memory, than a conversion.
+        from vqrae_ds.conversion.forward_check import compare_forward
+
+        verify(checkpoint, args.output, model_config=args.model_config, progress=True)
+        skipped = compare_forward(checkpoint, args.output, model_config=args.model_config)
+        forward = f"forward pass skipped: {skipped}" if skipped else "forward pass equal"
+        notes += f", verified: every element once and equal, {forward}"
     print(f"{args.output}: {checkpoint} for {args.to}{notes}")
 
 

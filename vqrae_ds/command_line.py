@@ -1,10 +1,16 @@
-"""Command lines: a user's mistake is one line on stderr and exit status 2."""
+"""Command lines: a user's mistake is one line on stderr and exit status 2.
+
+Exit status 1 is a failure of the machine, a full disk for example; 130 and 143 are Ctrl-C and the
+polite kill, both after what was open has been cleaned up.
+"""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
@@ -18,11 +24,25 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run `main`; if it raises `ValueError` or cannot use a path, say so and exit with status 2."""
+    """Run `main`; what a user or the machine did wrong is one line, and the exit status says which.
+
+    SIGTERM unwinds the stack, as Ctrl-C does, so that no half-written file is left behind.
+    """
+    before = signal.signal(signal.SIGTERM, _unwind)
     try:
         main()
     except USER_ERRORS as error:
         exit_with(error)
+    except OSError as error:
+        exit_with(error, status=1)
+    except KeyboardInterrupt:
+        exit_with(InterruptedError("interrupted"), status=128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _unwind(number: int, frame: FrameType | None) -> NoReturn:
+    exit_with(InterruptedError("ended by SIGTERM"), status=128 + number)
 
 
 def exit_with(error: Exception, *, silent: bool = False, status: int = 2) -> NoReturn:

@@ -1,7 +1,8 @@
 """The manifest of a checkpoint folder: its files, how long they are, what they hash to.
 
 `manifest.json` is written last, under a temporary name and renamed, so a folder that has one is
-complete. DeepSpeed writes no checksum, and loads a file with a flipped byte without a word.
+complete. DeepSpeed writes no checksum, and loads a file with a flipped byte without a word. The
+manifest vouches for itself too: it is sealed (`write_sealed`).
 
 The frozen pretrained weights of a run are not in its checkpoints but once in `RUN/frozen`, in a
 file that is called by the digest of its content. A manifest vouches for that file too.
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ import xxhash
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)  # in the first one all frozen weights were in the step folder
+_SEAL = "seal_xxh3_128"
 _READ_BYTES = 1 << 22
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -81,19 +84,20 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     payload = {"format_version": FORMAT_VERSION, **manifest._asdict()}
     payload["files"] = {name: record._asdict() for name, record in manifest.files.items()}
     payload["frozen"] = manifest.frozen and manifest.frozen._asdict()
-    write_json_atomically(Path(folder) / MANIFEST_NAME, payload)
+    write_sealed(Path(folder) / MANIFEST_NAME, payload)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of `folder`.
 
-    Raises `ValueError` when there is none (an interrupted save) or when it cannot be understood.
+    Raises `ValueError` when there is none (an interrupted save), when it cannot be understood, and
+    when it is of another step than the folder's name says.
     """
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: it is not a complete checkpoint")
     try:
-        payload: dict[str, Any] = json.loads(path.read_text())
+        payload = read_sealed(path)
         version = payload.pop("format_version")
         if version not in _READABLE_VERSIONS:
             raise ValueError(
@@ -102,9 +106,13 @@ def read_manifest(folder: Path) -> Manifest:
         payload["files"] = {name: FileRecord(**r) for name, r in payload["files"].items()}
         if payload.get("frozen") is not None:
             payload["frozen"] = _frozen_record(payload["frozen"])
-        return Manifest(**payload)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        manifest = Manifest(**payload)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable manifest: {error}") from error
+    named = _STEP_FOLDER.fullmatch(Path(folder).resolve().name)
+    if named and int(named[1]) != manifest.step:
+        raise ValueError(f"{path} is of step {manifest.step}, its folder is named {named[0]}")
+    return manifest
 
 
 def complete_steps(checkpoints: Path) -> list[Path]:
@@ -149,18 +157,16 @@ def find_damage(folder: Path, manifest: Manifest, *, checksums: bool = True) -> 
 
     The run's file of frozen weights counts as one of them.
     """
-    found = [
-        _damage_of(Path(folder) / name, name, record, checksums)
-        for name, record in manifest.files.items()
-    ]
+    damage = find_damaged_files(folder, manifest.files, checksums=checksums)
     if manifest.frozen is not None:
         path = frozen_file(run_of(folder), manifest.frozen)
-        found.append(
-            _damage_of(path, str(path), manifest.frozen, checksums)
-            if path.is_file()
-            else missing_frozen(path)
-        )
-    return [line for line in found if line is not None]
+        if not path.is_file():
+            damage.append(missing_frozen(path))
+        else:
+            files = {path.name: manifest.frozen}
+            found = find_damaged_files(path.parent, files, checksums=checksums)
+            damage += [f"{path.parent}/{line}" for line in found]
+    return damage
 
 
 def missing_frozen(path: Path) -> str:
@@ -171,14 +177,21 @@ def missing_frozen(path: Path) -> str:
     )
 
 
-def _damage_of(path: Path, name: str, record: FileRecord, checksums: bool) -> str | None:
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != record.size:
-        return f"{name} has {path.stat().st_size} bytes, the manifest says {record.size}"
-    if checksums and hash_file(path) != record:
-        return f"{name} does not match its checksum"
-    return None
+def find_damaged_files(
+    folder: Path, files: Mapping[str, FileRecord], *, checksums: bool = True
+) -> list[str]:
+    """As `find_damage`, of files by their paths relative to `folder`."""
+    damage = []
+    for name, record in files.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            damage.append(f"{name} is missing")
+        elif path.stat().st_size != record.size:
+            found = path.stat().st_size
+            damage.append(f"{name} has {found} bytes, the manifest says {record.size}")
+        elif checksums and hash_file(path) != record:
+            damage.append(f"{name} does not match its checksum")
+    return damage
 
 
 def _frozen_record(payload: dict[str, Any]) -> FileRecord:
@@ -189,12 +202,44 @@ def _frozen_record(payload: dict[str, Any]) -> FileRecord:
     return record
 
 
+def write_sealed(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write a JSON object, atomically, that any change of a byte makes unreadable.
+
+    Under a key of its own it holds the digest of the file in which that digest is zeros.
+    """
+    write_json_atomically(path, {**payload, _SEAL: _seal(payload)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object that `write_sealed` wrote; one without a seal, of an earlier version, as it is.
+
+    Raises `ValueError` where the file is not what was written.
+    """
+    content = path.read_bytes()
+    try:
+        payload = json.loads(content)
+    except ValueError as error:  # a `JSONDecodeError`, or text that is not UTF-8
+        raise ValueError(f"{path} is not a readable {path.stem}: {error}") from error
+    if isinstance(payload, dict) and _SEAL in payload:
+        seal = payload.pop(_SEAL)
+        if seal != _seal(payload) or content != _encode({**payload, _SEAL: seal}):
+            raise ValueError(f"{path} was altered after it was written: its seal is broken")
+    return payload
+
+
+def _seal(payload: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(_encode({**payload, _SEAL: "0" * 32}))
+
+
+def _encode(payload: Any) -> bytes:
+    return (json.dumps(payload, indent=2, sort_keys=True) + "\n").encode()
+
+
 def write_json_atomically(path: Path, payload: Any) -> None:
     """Write JSON so that `path` holds its old content or the whole new one, after a crash too."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(payload, file, indent=2, sort_keys=True)
-        file.write("\n")
+    with open(temporary, "wb") as file:
+        file.write(_encode(payload))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

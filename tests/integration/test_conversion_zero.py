@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from tests.distributed import run_ranks
 from tests.zero_files import seal
 from vqrae_ds.conversion.consolidate import consolidate, verify
+from vqrae_ds.conversion.rank_checks import optimizer_steps
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 
 pytestmark = pytest.mark.slow
@@ -151,7 +153,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     run_ranks(request.param, write_checkpoints, folder)
     for case in GENERATORS:
         (folder / case / "model_config.json").write_text("{}")
-        seal(folder / case)
+        seal(folder / case, step=2, world_size=request.param)
     return folder
 
 
@@ -171,6 +173,8 @@ def test_reads_what_the_engine_holds_and_what_deepspeed_reads(folder, engine):
     peer_file = folder / f"{engine}_zero_to_fp32.pt"
     peer = torch.load(peer_file) if peer_file.exists() else held
     checkpoint = ZeroCheckpoint(folder / engine)
+    assert (checkpoint.step, checkpoint.deepspeed_version) == (2, version("deepspeed"))
+    assert all(optimizer_steps(file) == {2.0} for file in checkpoint.files.optimizers)
     assert checkpoint.tensors.keys() == held.keys()
     for name, info in checkpoint.tensors.items():
         found = checkpoint.read(name)

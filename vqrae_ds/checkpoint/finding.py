@@ -12,6 +12,7 @@ from vqrae_ds.checkpoint.names import MODEL_CONFIG, RUN
 from vqrae_ds.config import Run, check_same_model
 from vqrae_ds.config.files import read_json
 from vqrae_ds.config.resuming import check_same_run
+from vqrae_ds.conversion import record as records
 from vqrae_ds.ranks import failing_together, from_rank_0, gather
 
 logger = logging.getLogger(__name__)
@@ -41,10 +42,13 @@ def resolve_start(run: Run) -> Run:
     """The run with `init.from_run` naming the newest intact step folder of what it named.
 
     The same on every rank; the ranks share the reading. Raises `ValueError` on every rank, before
-    anything is built, where none is intact. Without `init.from_run` nothing changes.
+    anything is built, where none is intact. Without `init.from_run` nothing changes, but the files
+    of `init.model` are held to their checksums.
     """
     start = run.config.init.from_run
     if start is None:
+        if run.config.init.model is not None:
+            _check_converted(Path(run.config.init.model))
         return run
     folders: list[Path] = []
     with failing_together():
@@ -61,6 +65,21 @@ def resolve_start(run: Run) -> Run:
             return run._replace(config=run.config.model_copy(update={"init": init}))
         logger.warning("passing over %s: %s", folder, "; ".join(damage))
     raise ValueError(f"init.from_run: {start} holds no intact checkpoint: {'; '.join(damage)}")
+
+
+def _check_converted(folder: Path) -> None:
+    """Raise `ValueError`, on every rank, where a converted folder is not as it was written."""
+    if not from_rank_0(lambda: (folder / records.RECORD_NAME).is_file()):
+        logger.info("%s has no %s: it has no checksums", folder, records.RECORD_NAME)
+        return
+    with failing_together():
+        record = records.read_record(folder)
+        mine = dict(list(record.files.items())[dist.get_rank() :: dist.get_world_size()])
+        if damage := records.find_damage(folder, record._replace(files=mine)):
+            raise ValueError(
+                f"init.model: {folder} is damaged: {'; '.join(damage)}: convert the checkpoint "
+                "again"
+            )
 
 
 def _find_damage(folder: Path) -> list[str]:

@@ -12,37 +12,44 @@ What is stored, in which dtype:
     discriminator       discriminator.safetensors     left out
     teacher             left out                      left out
 
-Beside the weights: `config.json` (the model's, unchanged) and `conversion.json` (the source).
+Beside the weights: `config.json` (the model's, unchanged) and `conversion.json` (the source, and a
+digest of every file). Checkpoints that plain DeepSpeed wrote are read as well: all is then the
+model's, or what has the trainer's prefix `vqrae.`, held to the shapes of `model_config`.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
-from vqrae_ds.conversion.output_folder import check_free, new_folder, progress_bar, sync
-from vqrae_ds.conversion.rank_files import AVERAGE_FILES, FROZEN_FILE
+from vqrae_ds.conversion.checkpoint_source import (
+    CheckpointSource,
+    describe_source,
+    is_foreign,
+    open_source,
+    read_model_config,
+)
+from vqrae_ds.conversion.output_folder import (
+    check_free,
+    check_space,
+    new_folder,
+    progress_bar,
+    sync,
+)
+from vqrae_ds.conversion.record import RECORD_NAME, Record, find_damage, read_record, write_record
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
-from vqrae_ds.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    find_damage,
-    hash_file,
-    read_manifest,
-    write_json_atomically,
-)
+from vqrae_ds.manifest import MANIFEST_NAME, FileRecord, hash_file
+from vqrae_ds.models.weights import check_names, check_shape
 
 Target = Literal["stage2", "inference"]
 
-_RECORD_NAME = "conversion.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MODEL_PREFIX, _TEACHER_PREFIX = "vqrae.", "teacher."
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def consolidate(
@@ -52,75 +59,98 @@ def consolidate(
     to: Target,
     dtype: torch.dtype = torch.float32,
     ema: bool = False,
+    model_config: Path | None = None,
     max_shard_bytes: int = 4 << 30,
     progress: bool = False,
 ) -> None:
-    """Convert the step folder `checkpoint` into the new folder `output`.
+    """Convert the folder `checkpoint` into the new folder `output`.
 
-    With `ema` the moving averages of the trained weights are taken instead of the weights; the
-    discriminator has none and stays as it is. Memory stays at a few MB whatever the size of the
-    model. `output` appears, complete and synced, by a rename at the end. Raises `ValueError`,
-    before anything is written, when `output` is there, when `dtype` is not float32 (or bfloat16,
-    for inference), when there is no average to take, and when the checkpoint is incomplete or
-    damaged, listing its damaged files.
+    `checkpoint` is as `checkpoint_source.find_checkpoint` gives it; `model_config` is needed for
+    one that plain DeepSpeed wrote, and only there. With `ema` the moving averages of the trained
+    weights are taken instead of the weights; the discriminator has none and stays as it is. Memory
+    stays at a few MB whatever the size of the model. `output` appears, complete and synced, by a
+    rename at the end.
+
+    Raises `ValueError`, before anything is written, when `output` is there or its disk too full,
+    when `dtype` is not float32 (or bfloat16, for inference), when there is no average to take, and
+    when the checkpoint is incomplete or damaged, listing its damaged files. Raises `OSError` when
+    writing fails; then nothing of `output` is left.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_free(output)
     _check_request(to, dtype)
-    _check_intact(checkpoint, read_manifest(checkpoint))
-    weights = _select_weights(checkpoint, to, dtype, ema)
+    source = open_source(checkpoint, model_config)
+    if is_foreign(checkpoint):
+        _check_fits_model(source, model_config)
+    weights = _select_weights(source, to, dtype, ema)
     total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
+    check_space(output, total)
 
     with new_folder(output) as folder:
         with progress_bar(total, "writing", progress) as bar:
-            write_model(folder, weights["model"], max_shard_bytes, bar.update)
+            files = write_model(folder, weights["model"], max_shard_bytes, bar.update)
             if "discriminator" in weights:
                 path = folder / "discriminator.safetensors"
-                write_file(path, weights["discriminator"], bar.update)
-        shutil.copyfile(checkpoint / "model_config.json", folder / "config.json")
-        sync(folder / "config.json")
-        write_json_atomically(folder / _RECORD_NAME, _describe(checkpoint, to, dtype, ema))
+                files[path.name] = write_file(path, weights["discriminator"], bar.update)
+        path = folder / "config.json"
+        path.write_text(source.model_config)
+        sync(path)
+        files[path.name] = hash_file(path)
+        write_record(folder, _describe(source, to, dtype, ema, files))
 
 
-def verify(checkpoint: Path, output: Path, *, progress: bool = False) -> None:
+def verify(
+    checkpoint: Path, output: Path, *, model_config: Path | None = None, progress: bool = False
+) -> None:
     """Prove that `output` is the conversion of `checkpoint`: every tensor once, equal in every bit.
 
     Raises `ValueError` listing what differs. The checkpoint is not hashed again, so this is for
     right after `consolidate`, which did.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    record = json.loads((output / _RECORD_NAME).read_text())
-    to, dtype, ema = record.get("kind"), _DTYPES.get(record.get("dtype")), record.get("ema")
-    if record != _describe(checkpoint, to, dtype, ema):
-        raise ValueError(f"{output} was not converted from {checkpoint}, by its {_RECORD_NAME}")
-    weights = _select_weights(checkpoint, to, dtype, ema)
+    record = read_record(output)
+    source = describe_source(checkpoint, model_config)
+    to, dtype, ema = record.kind, DTYPES[record.dtype], record.ema
+    if record != _describe(source, to, dtype, ema, record.files):
+        raise ValueError(f"{output} was not converted from {checkpoint}, by its {RECORD_NAME}")
+    weights = _select_weights(source, to, dtype, ema)
     total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
     differences = []
     with progress_bar(total, "verifying", progress) as bar:
         for stem, tensors in weights.items():
             differences += compare(output, stem, tensors, bar.update)
-    if (output / "config.json").read_bytes() != (checkpoint / "model_config.json").read_bytes():
+    if (output / "config.json").read_text() != source.model_config:
         differences.append("config.json is not the checkpoint's model_config.json")
+    differences = differences or find_damage(output, record)
     if differences:
         raise ValueError(f"{output} is not what {checkpoint} holds: {'; '.join(differences)}")
 
 
-def _check_intact(checkpoint: Path, manifest: Manifest) -> None:
-    """Every file of the manifest is as it was written, and it vouches for every file we read."""
-    damage = find_damage(checkpoint, manifest)
-    patterns = ("*/*_states.pt", f"*/{FROZEN_FILE}", AVERAGE_FILES)
-    found = (path for pattern in patterns for path in checkpoint.glob(pattern))
-    needed = {"model_config.json", *(p.relative_to(checkpoint).as_posix() for p in found)}
-    damage += [f"{name} is not in the manifest" for name in sorted(needed - manifest.files.keys())]
-    if damage:
-        raise ValueError(f"{checkpoint} is damaged: {'; '.join(damage)}")
+def model_prefix(generator: ZeroCheckpoint) -> str:
+    """What stands before the model's names: nothing where no name begins as the trainer's do."""
+    return _MODEL_PREFIX if any(n.startswith(_MODEL_PREFIX) for n in generator.tensors) else ""
+
+
+def _check_fits_model(source: CheckpointSource, model_config: Path) -> None:
+    """Names and shapes are those of the model; the trainer's own checkpoints are so by birth."""
+    from vqrae_ds.models.vqrae import VQRAE  # its libraries are needed here alone
+
+    generator = ZeroCheckpoint(source.generator)
+    prefix = model_prefix(generator)
+    with torch.device("meta"):
+        model = VQRAE(config=read_model_config(model_config))
+    expected = {prefix + name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {n for n in generator.names() if not (prefix and n.startswith(_TEACHER_PREFIX))}
+    check_names(set(expected), found, source.folder)
+    for name, shape in expected.items():
+        check_shape(generator, name, shape)
 
 
 def _check_request(to: Target, dtype: torch.dtype) -> None:
     if to not in get_args(Target):
         raise ValueError(f"cannot convert to {to!r}: choose one of {', '.join(get_args(Target))}")
-    if dtype not in _DTYPES.values():
-        raise ValueError(f"cannot store {dtype}: choose one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"cannot store {dtype}: choose one of {', '.join(DTYPES)}")
     if to == "stage2" and dtype != torch.float32:
         raise ValueError(
             f"stage2 keeps the fp32 masters to train on from: {dtype} is for inference"
@@ -128,22 +158,23 @@ def _check_request(to: Target, dtype: torch.dtype) -> None:
 
 
 def _select_weights(
-    checkpoint: Path, to: Target, dtype: torch.dtype, ema: bool
+    source: CheckpointSource, to: Target, dtype: torch.dtype, ema: bool
 ) -> dict[str, list[StreamedTensor]]:
     """What is written under which file stem, in the order of the checkpoint."""
     cast = dtype if to == "inference" else None
-    generator = ZeroCheckpoint(checkpoint / "generator", averages=ema)
+    generator = ZeroCheckpoint(source.generator, averages=ema)
+    prefix = model_prefix(generator) if source.manifest is None else _MODEL_PREFIX
     weights: dict[str, list[StreamedTensor]] = {"model": []}
     for name in generator.tensors:
-        if name.startswith(_MODEL_PREFIX):
-            short_name = name.removeprefix(_MODEL_PREFIX)
+        if name.startswith(prefix):
+            short_name = name.removeprefix(prefix)
             weights["model"].append(_stream(generator, name, short_name, cast))
         elif not name.startswith(_TEACHER_PREFIX):
             raise ValueError(
                 f"{generator.folder} holds {name}, of neither the model nor its teacher"
             )
-    if to == "stage2" and (checkpoint / "discriminator").is_dir():
-        discriminator = ZeroCheckpoint(checkpoint / "discriminator")
+    if to == "stage2" and source.discriminator is not None:
+        discriminator = ZeroCheckpoint(source.discriminator)
         names = discriminator.tensors
         weights["discriminator"] = [_stream(discriminator, name, name, None) for name in names]
     return weights
@@ -162,15 +193,20 @@ def _stream(
     return StreamedTensor(new_name, info.shape, dtype, functools.partial(source.pieces, name))
 
 
-def _describe(checkpoint: Path, to: Target, dtype: torch.dtype, ema: bool) -> dict[str, Any]:
-    """The content of `conversion.json`."""
-    manifest = read_manifest(checkpoint)
-    return {
-        "kind": to,
-        "dtype": str(dtype).removeprefix("torch."),
-        "ema": ema,
-        "step": manifest.step,
-        "stage": manifest.stage,
-        "versions": manifest.versions,
-        "source_manifest_xxh3_128": hash_file(checkpoint / MANIFEST_NAME).xxh3_128,
-    }
+def _describe(
+    source: CheckpointSource,
+    to: Target,
+    dtype: torch.dtype,
+    ema: bool,
+    files: Mapping[str, FileRecord],
+) -> Record:
+    described = (to, str(dtype).removeprefix("torch."), ema)
+    manifest = source.manifest
+    if manifest is not None:
+        digest = hash_file(source.folder / MANIFEST_NAME).xxh3_128
+        return Record(
+            *described, manifest.step, manifest.stage, manifest.versions, digest, dict(files)
+        )
+    generator = ZeroCheckpoint(source.generator)
+    versions = {"deepspeed": generator.deepspeed_version}
+    return Record(*described, generator.step, None, versions, None, dict(files))

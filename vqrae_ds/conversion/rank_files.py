@@ -131,9 +131,12 @@ def _read_masters(file: Path, files: Files) -> Masters:
     state = entry(load(file), "optimizer_state_dict", dict, file)
     if _world_size(state, file) != len(files.optimizers):
         raise ValueError(f"{file} is of another world size than {files.optimizers[0].name}")
+    key = "fp32_flat_groups" if files.partitioned else "single_partition_of_fp32_groups"
+    flats = entry(state, key, list, file)
+    if not all(isinstance(flat, torch.Tensor) and flat.ndim == 1 for flat in flats):
+        raise ValueError(f"{file} has more than flat vectors in {key!r}")
     if files.partitioned:
-        return Masters(entry(state, "fp32_flat_groups", list, file), [])
-    flats = entry(state, "single_partition_of_fp32_groups", list, file)
+        return Masters(flats, [])
     mappings = entry(state, "param_slice_mappings", list, file)
     addresses = [{n: Address(a.start, a.numel) for n, a in group.items()} for group in mappings]
     for flat, group in zip(flats, addresses, strict=True):

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from vqrae_ds.manifest import FileRecord, write_json_atomically
+from vqrae_ds.manifest import FileRecord, hash_file, write_json_atomically
 
 _CHUNK_ELEMENTS = 1 << 20
 _DTYPE_CODES = {
@@ -66,18 +66,28 @@ def in_file_order(tensors: list[StreamedTensor]) -> list[StreamedTensor]:
     return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
 
 
-def write_file(path: Path, tensors: list[StreamedTensor], advance: Callable[[int], object]) -> None:
-    """Write and sync `tensors` to one file; `advance` is told the bytes of each chunk written."""
+def write_file(
+    path: Path, tensors: list[StreamedTensor], advance: Callable[[int], object]
+) -> FileRecord:
+    """Write and sync `tensors` to one file; `advance` is told the bytes of each chunk written.
+
+    The digest that it returns is of what was to be written, not of what a disk made of it.
+    """
     header = _header(tensors)
+    digest = xxhash.xxh3_128(header)
     with open(path, "wb") as file:
         file.write(header)
         for chunk in _chunks(tensors):
-            file.write(chunk.numpy())
-            advance(chunk.numel())
+            content = chunk.numpy()
+            file.write(content)
+            digest.update(content)
+            advance(len(content))
+        size = file.tell()
         end = len(header) + sum(tensor.num_bytes for tensor in tensors)
-        assert file.tell() == end, "the pieces do not add up to the tensors"
+        assert size == end, "the pieces do not add up to the tensors"
         file.flush()
         os.fsync(file.fileno())
+    return FileRecord(size, digest.hexdigest())
 
 
 def record_of(tensors: list[StreamedTensor]) -> FileRecord:
@@ -95,23 +105,24 @@ def write_model(
     tensors: list[StreamedTensor],
     max_shard_bytes: int,
     advance: Callable[[int], object],
-) -> None:
+) -> dict[str, FileRecord]:
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` and their index.
 
-    A single tensor that is larger gets a file of its own.
+    A single tensor that is larger gets a file of its own. Returns what was written, by its name.
     """
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", tensors, advance)
-        return
-    weight_map = {}
+        return {"model.safetensors": write_file(folder / "model.safetensors", tensors, advance)}
+    files, weight_map = {}, {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard, advance)
+        files[name] = write_file(folder / name, shard, advance)
         weight_map.update({tensor.name: name for tensor in shard})
     total = sum(tensor.num_bytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json_atomically(folder / "model.safetensors.index.json", index)
+    path = folder / "model.safetensors.index.json"
+    write_json_atomically(path, index)
+    return files | {path.name: hash_file(path)}
 
 
 def compare(
@@ -186,4 +197,6 @@ def _difference(
             return "differs from the checkpoint"
         position += chunk.numel()
         advance(chunk.numel())
+    if position != stored_bytes.numel():
+        return f"holds {stored_bytes.numel()} bytes, the checkpoint {position}"
     return None

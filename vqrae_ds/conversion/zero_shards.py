@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from vqrae_ds.conversion.rank_checks import check_addresses, check_same_step, check_stored
 from vqrae_ds.conversion.rank_files import (
     Masters,
     entry,
@@ -50,7 +51,11 @@ class ZeroCheckpoint:
     parameters in the dtype they were trained beside, and the persistent buffers of rank 0.
     A parameter that is shared under several names appears under each of them; `aliases` maps the
     further ones to the first. With `averages` the moving averages in the step folder above take the
-    place of the masters.
+    place of the masters. `files` are the ranks' files, `step` is the number of steps that the
+    engine had made, `deepspeed_version` wrote it.
+
+    Every element of a tensor is read once, and in order: under ZeRO-3 the shares follow each other
+    without a gap to the end of each rank's vector, below it `check_addresses` says so.
 
     Raises `ValueError`, naming the file, when a rank's file is missing or one too many, when the
     ranks contradict each other, and when a file is damaged or holds anything but plain data.
@@ -61,13 +66,16 @@ class ZeroCheckpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self._spans: dict[str, list[_Span]] = {}
         files = find_files(self.folder)
+        self.step = check_same_step(files)
         masters = read_masters(files)
+        check_addresses(masters, files.optimizers)
         if averages:
             masters = read_averages(self.folder.parent, masters)
         state = load(files.models[0])
+        self.deepspeed_version = str(state.get("ds_version", "unknown"))
         module = entry(state, "module", dict, files.models[0])
         for name in entry(state, "buffer_names", list, files.models[0]):
-            self._add_whole(name, "buffer", module[name])
+            self._add_whole(name, "buffer", entry(module, name, torch.Tensor, files.models[0]))
         shared = entry(state, "shared_params", dict, files.models[0])
         self.files, self.masters, self.aliases = files, masters, shared
         self._groups = entry(state, "param_shapes", list, files.models[0])
@@ -126,6 +134,11 @@ class ZeroCheckpoint:
                 yield span.tensor.reshape(-1)[span.start + first : span.start + last]
             position += span.numel
 
+    @property
+    def num_ranks(self) -> int:
+        """How many data-parallel ranks wrote it."""
+        return len(self.files.optimizers)
+
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self.tensors)
@@ -139,6 +152,8 @@ class ZeroCheckpoint:
         return self.folder
 
     def _add(self, name: str, shape: Sequence[int], kind: Kind, spans: list[_Span]) -> None:
+        for span in spans:
+            check_stored(name, span.tensor, self.folder)
         found = sum(span.numel for span in spans)
         if found != math.prod(shape):
             raise ValueError(
@@ -200,7 +215,8 @@ class ZeroCheckpoint:
                 raise ValueError(f"{file} belongs to another model or step than {files[0].name}")
             fragments.append(entry(state, "frozen_param_fragments", (dict, NoneType), file) or {})
             for name, shape in shapes.items():
-                found = fragments[-1][name].numel() if name in fragments[-1] else 0
+                fragment = fragments[-1].get(name)
+                found = fragment.numel() if isinstance(fragment, torch.Tensor) else 0
                 share = _share_numel(shape, len(files))
                 if found != share:
                     raise ValueError(f"{file} holds {found} elements of {name}, not {share}")

@@ -1,0 +1,132 @@
+"""A conversion that does not get to its end: killed, interrupted, out of disk. Nothing stays."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import run_python, start_python
+from tests.zero_files import write_step
+from vqrae_ds.conversion.consolidate import consolidate, verify
+from vqrae_ds.conversion.output_folder import new_folder
+
+TOOL = "tools/convert_checkpoint.py"
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 256 MB, which takes a good part of a second to write."""
+    trained = {f"vqrae.layer{i}": torch.full((1 << 23,), float(i)) for i in range(8)}
+    folder = tmp_path_factory.mktemp("large") / "step_00001000"
+    return write_step(folder, trained, {}, {}, world_size=2)
+
+
+def wait_for_partial(output: Path, process: subprocess.Popen[str]) -> Path:
+    """The folder that the process writes into, as soon as a file is in it."""
+    while not (found := list(output.parent.glob(f".{output.name}.*.partial/*"))):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+    return found[0].parent
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
+)
+def test_an_interrupted_conversion_cleans_up(large, tmp_path, number, status):
+    output = tmp_path / "out"
+    process = start_python(TOOL, str(large), str(output), "--to", "inference")
+    wait_for_partial(output, process)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == status
+    assert error.splitlines()[-1].startswith("error: ") and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kill_9_at_any_moment_leaves_nothing_that_looks_complete(large, tmp_path, caplog):
+    """A folder is there whole or not at all, and the next conversion removes what is left."""
+    output, draw, killed = tmp_path / "out", random.Random(0), 0
+    for _ in range(4):
+        process = start_python(TOOL, str(large), str(output), "--to", "inference")
+        wait_for_partial(output, process)
+        time.sleep(draw.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if output.exists():  # it was quicker
+            break
+        killed += 1
+        assert len(list(tmp_path.glob(".out.*.partial"))) == 1, "earlier ones are gone"
+    assert killed, "no conversion was killed before its end"
+    if not output.exists():
+        consolidate(large, output, to="inference")
+        assert "left by an interrupted conversion, removed" in caplog.text
+    verify(large, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_another_conversion_still_writes_is_left_alone(large, tmp_path, caplog):
+    output = tmp_path / "out"
+    process = start_python(TOOL, str(large), str(output), "--to", "inference")
+    partial = wait_for_partial(output, process)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with new_folder(output):
+            assert partial.is_dir() and "or still being written" in caplog.text
+    finally:
+        process.send_signal(signal.SIGCONT)
+        _, error = process.communicate()
+    # The other one took the name: this one fails, and says why.
+    assert process.returncode in (0, 1), error
+    assert not partial.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with a lot of space and room for 5 files and folders."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=64m,nr_inodes=6", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(["mount", *options], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no `mount` here")
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk is not allowed here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_cannot_hold_the_output_is_seen_before_writing(large, small_disk):
+    done = run_python(TOOL, str(large), str(small_disk / "out"), "--to", "inference")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "needs 0.27 GB, and 0.07 GB are free in" in done.stderr
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_is_full_half_way_leaves_nothing(small_disk, tmp_path):
+    """Space is there, so that writing begins; the 6th file is one too many."""
+    trained = {f"vqrae.layer{i}": torch.ones(1 << 18) for i in range(12)}
+    checkpoint = write_step(tmp_path / "step_00001000", trained, {}, {}, world_size=1)
+    with pytest.raises(OSError, match="out could not be written, nothing of it is left.*No space"):
+        consolidate(checkpoint, small_disk / "out", to="inference", max_shard_bytes=1 << 21)
+    assert list(small_disk.iterdir()) == []
+    consolidate(checkpoint, small_disk / "out", to="inference")
+    verify(checkpoint, small_disk / "out")
+
+
+def test_a_disk_that_is_full_half_way_is_exit_status_1(small_disk, tmp_path):
+    """No room is left for `conversion.json`, the last of all."""
+    checkpoint = write_step(tmp_path / "step_00001000", {"vqrae.a": torch.ones(3)}, {}, {})
+    (small_disk / "a").write_text("")
+    (small_disk / "b").write_text("")
+    done = run_python(TOOL, str(checkpoint), str(small_disk / "out"), "--to", "inference")
+    assert done.returncode == 1, done.stderr
+    assert "nothing of it is left" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(path.name for path in small_disk.iterdir()) == ["a", "b"]
