@@ -23,10 +23,10 @@ from vqrae_ds.conversion.checkpoint_source import (
     is_foreign,
 )
 from vqrae_ds.conversion.rank_checks import find_crc_damage
-from vqrae_ds.conversion.rank_files import RESIDENT_FILE, entry, load
+from vqrae_ds.conversion.rank_files import FROZEN_FILE, entry, load
 from vqrae_ds.conversion.record import RECORD_NAME
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
-from vqrae_ds.manifest import MANIFEST_NAME, list_files, read_manifest
+from vqrae_ds.manifest import MANIFEST_NAME, frozen_file, list_files, read_manifest, run_of
 
 # Of safetensors' own names (its README, "Format").
 _SAFETENSORS_DTYPES = {
@@ -118,6 +118,9 @@ def _inspect_step(folder: Path, verify: bool) -> Inspection:
             "world size": str(manifest.world_size),
             "versions": _join(manifest.versions),
         }
+        if manifest.frozen is not None:
+            file = frozen_file(run_of(folder), manifest.frozen)
+            facts["frozen weights"] = f"{file}, {manifest.frozen.size:,} bytes"
         damage += find_damage_of_checkpoint(folder, manifest, checksums=verify)
     tensors: list[TensorEntry] = []
     for engine in (GENERATOR, DISCRIMINATOR):
@@ -215,7 +218,7 @@ def _kind_of_file(name: str) -> str:
     kinds = {
         "_model_states.pt": "model states",
         "_optim_states.pt": "optimizer states",
-        RESIDENT_FILE: "resident weights",
+        FROZEN_FILE: "frozen weights",
         ".safetensors": "weights",
         ".json": "descriptions",
     }
