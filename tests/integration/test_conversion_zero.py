@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tests.distributed import run_ranks
 from tests.zero_files import seal
 from vqrae_ds.conversion.consolidate import consolidate, verify
-from vqrae_ds.conversion.rank_checks import optimizer_steps
+from vqrae_ds.conversion.rank_checks import check_step_of_manifest, optimizer_steps
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 
 pytestmark = pytest.mark.slow
@@ -145,6 +145,19 @@ def write_checkpoints(rank: int, folder: Path) -> None:
     for case, config in DISCRIMINATORS.items():
         torch.manual_seed(0)
         save(make_engine(Discriminator(), rank, config), rank, folder / "engines", case)
+        save_after_a_skipped_step(rank, folder, case, config)
+    save_after_a_skipped_step(rank, folder, "zero3", {"zero_optimization": zero3})
+
+
+def save_after_a_skipped_step(rank: int, folder: Path, name: str, config: dict[str, Any]) -> None:
+    """A loss that is not finite on one rank skips the third step on all; the fourth is taken."""
+    engine = make_engine(Discriminator(), rank, config)
+    for factor in (float("nan") if rank == 1 else 1.0, 1.0):
+        x_BD = torch.ones(4, 7, dtype=torch.bfloat16 if "bf16" in config else torch.float32)
+        engine.backward(engine(x_BD) * factor)
+        engine.step()
+    assert (engine.global_steps, engine.skipped_steps) == (4, 1)
+    engine.save_checkpoint(str(folder / "skipped"), tag=name, save_latest=False)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2_ranks", "3_ranks"])
@@ -224,3 +237,15 @@ def test_converts_for_inference_in_bf16(folder, case, tmp_path):
         is_buffer = name in ("mean", "num_images")
         assert_same_bits(tensor, wanted if is_buffer else wanted.bfloat16(), name)
     assert not (tmp_path / "out" / "discriminator.safetensors").exists()
+
+
+@pytest.mark.parametrize("case", [*DISCRIMINATORS, "zero3"])
+def test_a_skipped_step_counts_for_the_engine_and_not_for_its_optimizer(folder, case):
+    checkpoint = ZeroCheckpoint(folder / "skipped" / case)
+    assert checkpoint.step == 4
+    assert all(optimizer_steps(file) == {3.0} for file in checkpoint.files.optimizers)
+    check_step_of_manifest(checkpoint.files, 4)
+    check_step_of_manifest(checkpoint.files, 9, began_later=True)
+    for step, began_later in ((3, False), (5, False), (3, True)):
+        with pytest.raises(ValueError, match=f"is of step 4, the manifest is of step {step}"):
+            check_step_of_manifest(checkpoint.files, step, began_later=began_later)
