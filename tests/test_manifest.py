@@ -110,16 +110,16 @@ def test_the_frozen_weights_of_the_run_are_vouched_for_too(tmp_path, monkeypatch
 @pytest.mark.parametrize("digest", ["../../secret", "", 3, "A" * 32, "0" * 31])
 def test_a_record_that_would_lead_elsewhere_is_refused(tmp_path, digest):
     folder, _ = publish_with_frozen(tmp_path / "run")
-    payload = json.loads((folder / "manifest.json").read_text())
+    payload = read_sealed(folder / "manifest.json")
     payload["frozen"]["xxh3_128"] = digest
-    (folder / "manifest.json").write_text(json.dumps(payload))
+    write_sealed(folder / "manifest.json", payload)
     with pytest.raises(ValueError, match="not a readable manifest"):
         read_manifest(folder)
 
 
 def test_the_first_format_is_read_still(tmp_path):
     manifest = publish(tmp_path / "x")
-    payload = json.loads((tmp_path / "x" / "manifest.json").read_text())
+    payload = read_sealed(tmp_path / "x" / "manifest.json")
     del payload["frozen"]
     payload["format_version"] = 1
     (tmp_path / "x" / "manifest.json").write_text(json.dumps(payload))

@@ -102,15 +102,14 @@ def change(base: dict[str, Any], how: str) -> Any:
 )
 def test_a_rank_that_contradicts_its_weights_or_the_others_is_named(folder, how):
     rewrite(folder, 1, change(base_of(folder, 1), how))
-    checkpoint = ZeroCheckpoint(folder)
     with pytest.raises(ValueError, match=optimizer_file(folder, 1).name) as caught:
-        read_optimizer_states(checkpoint)
+        read_optimizer_states(ZeroCheckpoint(folder))
     assert "\n" not in str(caught.value)
 
 
 def test_counters_are_those_of_the_engine(folder):
-    with pytest.raises(ValueError, match="model_states.pt has no usable 'skipped_steps'"):
+    with pytest.raises(ValueError, match="model_states.pt has no usable 'global_samples'"):
         read_counters(ZeroCheckpoint(folder))
     file = folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     torch.save(torch.load(file) | {"skipped_steps": 2, "global_samples": 28}, file)
-    assert read_counters(ZeroCheckpoint(folder)) == Counters(7, 2, 28)
+    assert read_counters(ZeroCheckpoint(folder)) == Counters(1000, 2, 28)

@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.tiny import build_model
-from vqrae_ds.manifest import FileRecord, Manifest, hash_file, list_files, write_manifest
+from vqrae_ds.manifest import (
+    FileRecord,
+    Manifest,
+    hash_file,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
 from vqrae_ds.models.vqrae import VQRAE, config_json
 
 Tensors = dict[str, torch.Tensor]
@@ -83,7 +90,9 @@ def write_model_step(folder: Path, *, step: int = 1000, world_size: int = 2) -> 
 def seal(
     folder: Path, *, step: int = 1000, world_size: int = 3, frozen: FileRecord | None = None
 ) -> None:
-    """Write the manifest of `folder` as it is now."""
+    """Write the manifest of `folder` as it is now; what one there says of frozen weights stays."""
+    if frozen is None and (folder / "manifest.json").is_file():
+        frozen = read_manifest(folder).frozen
     files = {name: hash_file(folder / name) for name in list_files(folder)}
     write_manifest(folder, Manifest(step, 1, world_size, {"torch": "2"}, files, frozen))
 

@@ -136,8 +136,10 @@ def check_case(rank: int, folder: Path, name: str) -> None:
         if where == case.where:
             assert now == losses
             for mine, other in zip(masters_of(resumed), masters_of(engine), strict=True):
-                # With three ranks the last ones have padding, which nobody gives a value.
-                torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+                # With three ranks the last ones have padding, which nobody gave a value.
+                given = ~other.isnan()
+                assert not mine[~given].any(), "padding is loaded as 0"
+                assert torch.equal(mine[given], other[given])
         assert now == pytest.approx(losses, rel=1e-2 if case.bf16 else 1e-6)
     fresh = engines.build_generator(run)
     assert checkpoint.write_pretrained(run, fresh) == record
@@ -206,7 +208,7 @@ def fail_on_rank_0(rank: int, folder: Path) -> None:
         if rank == 0:
             own.rename(left / "away")
         torch.distributed.barrier()
-        with pytest.raises(ValueError, match=rf"{saved}/generator .* missing {CODEBOOK} \(1\)"):
+        with pytest.raises(ValueError, match=f"does not fit .* {CODEBOOK} is missing"):
             checkpoint.resume(saved, damaged, None)
         torch.distributed.barrier()
         if rank == 0:
@@ -261,7 +263,7 @@ def resume_from_fragments(rank: int, folder: Path) -> None:
         engine.save_checkpoint(str(old), tag="generator", save_latest=False)
         if rank == 0:
             seal(old, step=1, world_size=2)
-            payload = json.loads((old / "manifest.json").read_text()) | {"format_version": 1}
+            payload = manifest.read_sealed(old / "manifest.json") | {"format_version": 1}
             del payload["frozen"]
             (old / "manifest.json").write_text(json.dumps(payload))
         torch.distributed.barrier()
