@@ -30,14 +30,30 @@ class FileRecord(NamedTuple):
     xxh3_128: str
 
 
+class Layout(NamedTuple):
+    """How the ranks shared the model: `dp` shares of the states, of `tp` slices of the weights."""
+
+    dp: int
+    tp: int = 1
+
+
 class Manifest(NamedTuple):
-    """What a folder contains; `files` maps a path relative to the folder to its record."""
+    """What a folder contains; `files` maps a path relative to the folder to its record.
+
+    Without a `layout`, as earlier versions wrote it, all ranks are data-parallel.
+    """
 
     step: int
     stage: int
     world_size: int
     versions: dict[str, str]
     files: dict[str, FileRecord]
+    layout: Layout | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files together, this one left out."""
+        return sum(record.size for record in self.files.values())
 
 
 def hash_file(path: Path) -> FileRecord:
@@ -60,6 +76,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Publish `folder` as complete. Every file must be on disk, and every rank past its writes."""
     payload = {"format_version": FORMAT_VERSION, **manifest._asdict()}
     payload["files"] = {name: record._asdict() for name, record in manifest.files.items()}
+    payload["layout"] = (manifest.layout or Layout(manifest.world_size))._asdict()
     write_json_atomically(Path(folder) / MANIFEST_NAME, payload)
 
 
@@ -79,16 +96,22 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format version {version}, this code reads {FORMAT_VERSION}"
             )
         payload["files"] = {name: FileRecord(**r) for name, r in payload["files"].items()}
+        payload["layout"] = Layout(**payload.get("layout", {"dp": payload["world_size"]}))
         return Manifest(**payload)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable manifest: {error}") from error
 
 
+def step_folders(checkpoints: Path) -> dict[int, Path]:
+    """All `step_XXXXXXXX` folders by their steps, complete or not, newest first."""
+    steps = {int(m[1]): p for p in checkpoints.glob("*") if (m := _STEP_FOLDER.fullmatch(p.name))}
+    return dict(sorted(steps.items(), reverse=True))
+
+
 def complete_steps(checkpoints: Path) -> list[Path]:
     """The `step_XXXXXXXX` folders with a readable manifest, newest first; others are warned of."""
-    steps = {int(m[1]): p for p in checkpoints.glob("*") if (m := _STEP_FOLDER.fullmatch(p.name))}
     complete = []
-    for _, folder in sorted(steps.items(), reverse=True):
+    for folder in step_folders(checkpoints).values():
         try:
             read_manifest(folder)
         except ValueError as error:
@@ -146,8 +169,13 @@ def write_json_atomically(path: Path, payload: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in `folder` to the disk, which the sync of a file need not do."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -67,6 +67,7 @@ def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
     validation = config.data.validation
     validation_index = None if validation is None else read_index(Path(validation))
 
+    checkpoint.prepare_local_dir(run)
     watchdog.beat("the search for a checkpoint")
     folder = checkpoint.find(run)  # the first of the starting points of config.InitConfig
     if folder is None:
@@ -87,6 +88,8 @@ def prepare(run: Run, watchdog: Watchdog | None = None) -> Setup:
         images = _training_batches(run, ranks, index, start=0)
         images = watchdog.watching(images, "the calibration")
         calibrate(generator, images, config.run.calibration_images, ranks.device)
+    resident = engines.resident_state(generator)
+    checkpoint.warn_of_shortage(run, generator, discriminator, ema, resident)
     objective, perceptual = _objective(run, ranks, discriminator)
     return Setup(
         ranks,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -88,3 +89,21 @@ def _is_zero_3(optimizer: Any) -> bool:
 
 def _is_bf16_optimizer(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp32_groups_gradient_flat_partition")
+
+
+def saved_bytes(engine: Any) -> int:
+    """Bytes of the tensors that DeepSpeed writes of this rank into a checkpoint.
+
+    Whole storages, as `torch.save` writes them: those of a view with what lies around it. Before
+    its first step an optimizer may have no state to count yet.
+    """
+    tensors = masters(engine)
+    for state in engine.optimizer.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    if _is_zero_3(engine.optimizer):
+        tensors += [p.ds_tensor for p in engine.module.parameters() if not p.requires_grad]
+        tensors += engine.module.buffers()
+    elif dist.get_rank() == 0:  # the others write no module
+        tensors += engine.module.state_dict().values()
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
