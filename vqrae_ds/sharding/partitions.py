@@ -94,16 +94,19 @@ def _is_bf16_optimizer(optimizer: Any) -> bool:
 def saved_bytes(engine: Any) -> int:
     """Bytes of the tensors that DeepSpeed writes of this rank into a checkpoint.
 
-    Whole storages, as `torch.save` writes them: those of a view with what lies around it. Before
-    its first step an optimizer may have no state to count yet.
+    Whole storages, as `torch.save` writes them: those of a view with what lies around it. The state
+    that an optimizer makes at its first step is counted before it too.
     """
-    tensors = masters(engine)
-    for state in engine.optimizer.optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    tensors, base = masters(engine), engine.optimizer.optimizer
+    moments = [v for state in base.state.values() for v in state.values() if isinstance(v, Tensor)]
+    group = base.param_groups[0]
+    to_come = 2 if "betas" in group else int(group.get("momentum", 0) > 0)  # Adam's, or SGD's
+    num_bytes = 0 if moments else to_come * sum(master.nbytes for master in tensors)
+    tensors += moments
     if _is_zero_3(engine.optimizer):
         tensors += [p.ds_tensor for p in engine.module.parameters() if not p.requires_grad]
         tensors += engine.module.buffers()
     elif dist.get_rank() == 0:  # the others write no module
         tensors += engine.module.state_dict().values()
     storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    return num_bytes + sum({s.data_ptr(): s.nbytes() for s in storages}.values())
