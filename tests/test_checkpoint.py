@@ -96,6 +96,40 @@ def test_only_the_last_ones_are_kept(run):
     assert [folder.exists() for folder in folders] == [False, False, True, True]
 
 
+def test_those_of_certain_steps_are_kept_for_ever(run):
+    run = with_changes(run, "checkpoint", keep_every=3)
+    folders = {step: save_at(run, step) for step in range(1, 9)}
+    assert [step for step, folder in folders.items() if folder.exists()] == [3, 6, 7, 8]
+
+
+def test_what_is_kept_for_ever_has_to_be_saved(tmp_path):
+    with pytest.raises(
+        ValueError, match="keep_every = 1500 is no multiple of .*every_steps = 1000"
+    ):
+        make_run(tmp_path, 1, checkpoint={"keep_every": 1500})
+
+
+def test_what_killed_saves_left_goes_at_the_next_success(run):
+    kept, partial, later = save_at(run, 1), *(checkpoint.step_folder(run, n) for n in (2, 9))
+    for folder in (partial, later):
+        (folder / "generator").mkdir(parents=True)
+        (folder / "generator" / "state").write_text("half")
+    newest = save_at(run, 3)
+    assert [folder.exists() for folder in (kept, partial, newest, later)] == [1, 0, 1, 1]
+
+
+def test_a_file_that_is_not_as_it_was_written_is_not_vouched_for(run):
+    class Forgetful(FileEngine):
+        def _copy_recovery_script(self, folder: str) -> None:
+            super()._copy_recovery_script(folder)
+            (Path(folder) / "generator" / "state").write_bytes(b"")
+
+    older = save_at(run, 1)
+    with pytest.raises(checkpoint.SaveFailed, match="generator/state has 0 bytes"):
+        checkpoint.save(run, Forgetful(), None, TrainState(2, 8))
+    assert list(older.parent.iterdir()) == [older]
+
+
 def test_damaged_later_ones_never_displace_the_one_just_written(run):
     later = [save_at(run, step) for step in (30, 40)]
     for folder in later:

@@ -2,10 +2,13 @@
 
   step   a training step against a bare DeepSpeed loop of the same model, losses and data:
          time, collectives, waits for the device (2 ranks, about 5 minutes on 2 CPU cores)
+  checkpoint   how long training stands still for a save, in one step and in two, against
+         DeepSpeed's save_checkpoint of the same engines (2 ranks, about 2 minutes)
 
 examples:
   python tools/benchmark.py step
   python tools/benchmark.py step --cases stage2 --pairs 200 --json step.json
+  python tools/benchmark.py checkpoint --folder /lustre/me --local-dir /nvme/me
 
 Each row has ours, the peer's, and ratio = ours / peer; where the peer is 0 there is no ratio.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 from vqrae_ds.benchmarks.table import Report, as_json, as_text
@@ -38,13 +42,33 @@ def main() -> None:
         metavar="N",
         help="timed blocks of each loop (default: %(default)s)",
     )
-    step.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    checkpoint = names.add_parser("checkpoint", **help_of_all)
+    checkpoint.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        metavar="N",
+        help="saves of each kind (default: %(default)s)",
+    )
+    temporary = Path(tempfile.gettempdir())
+    for name, what in (("--folder", "the run's folder"), ("--local-dir", "the node's own disk")):
+        checkpoint.add_argument(
+            name,
+            type=Path,
+            default=temporary,
+            metavar="DIR",
+            help=f"where {what} is made (default: %(default)s)",
+        )
+    for parser_of_one in (step, checkpoint):
+        parser_of_one.add_argument(
+            "--json", type=Path, metavar="FILE", help="write the rows here too"
+        )
     args = parser.parse_args()
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
 
-    if args.name == "step":
-        report = run_step(args)
+    run_one = {"step": run_step, "checkpoint": run_checkpoint}
+    report = run_one[args.name](args)
     print(as_text(report))
     for name, details in report.details.items():
         print(f"{name}: {json.dumps(details)}")
@@ -61,6 +85,19 @@ def run_step(args: argparse.Namespace) -> Report:
     from vqrae_ds.train import train
 
     return measure_step(Trainer(prepare, train), args.cases, args.pairs)
+
+
+def run_checkpoint(args: argparse.Namespace) -> Report:
+    """The benchmark `checkpoint`."""
+    if args.rounds < 2:
+        raise ValueError(f"--rounds {args.rounds} has no spread: 2 or more")
+    for folder in (args.folder, args.local_dir):
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: name one on the disk to measure")
+    from vqrae_ds.benchmarks.checkpoint import measure_checkpoint
+    from vqrae_ds.preparation import prepare
+
+    return measure_checkpoint(prepare, args.folder, args.local_dir, args.rounds)
 
 
 if __name__ == "__main__":

@@ -246,17 +246,17 @@ def test_two_steps_leave_the_same_checkpoint_and_nothing_on_the_nodes(in_two_ste
 
 
 def test_the_last_save_is_tried_again(folder):
-    levels = [ENOUGH, Level(inodes=3), Level(inodes=5), ENOUGH]
-    for outcome in outcome_of(folder, "again", levels, steps=2):
-        assert manifest.read_manifest(manifest.find_step_folder(outcome.run)).step == 2
+    levels = [*[ENOUGH] * 4, Level(inodes=3), Level(inodes=5), ENOUGH]
+    for outcome in outcome_of(folder, "again", levels, steps=5):
+        assert manifest.read_manifest(manifest.find_step_folder(outcome.run)).step == 5
         assert len(WARNING.findall(outcome.log)) == 2
 
 
 def test_a_run_whose_last_save_fails_says_so(folder):
-    levels = [ENOUGH, *[Level(inodes=3)] * 3]
-    for outcome in outcome_of(folder, "stopped", levels, steps=2):
+    levels = [*[ENOUGH] * 4, *[Level(inodes=3)] * 3]
+    for outcome in outcome_of(folder, "stopped", levels, steps=5):
         for rank in range(2):
             stopped = (folder / "stopped" / f"stopped{rank}").read_text()
-            assert stopped.startswith("the weights after the last step, 2, could not be saved: ")
+            assert stopped.startswith("the weights after the last step, 5, could not be saved: ")
             assert "No space left on device" in stopped
-        assert outcome.seen[-1] == {"complete": [1], "partial": [], "damage": []}
+        assert outcome.seen[-1] == {"complete": [3, 4], "partial": [], "damage": []}

@@ -94,9 +94,8 @@ def save_directly(run: Run, content: Content) -> Path:
             writer.add_unrecorded(set(files))
         if dist.get_rank() == 0 and writer.failure is None:
             publish(run, folder, content.state, files | writer.records, writer)
-    num_bytes = from_rank_0(lambda: sum(r.size for r in (files | writer.records).values()))
-    seconds = time.perf_counter() - start
-    logger.info("checkpoint %s (%s in %.1f s)", folder, in_units(num_bytes), seconds)
+    size = in_units(sum(record.size for record in files.values()))
+    logger.info("checkpoint %s (%s in %.1f s)", folder, size, time.perf_counter() - start)
     return folder
 
 
