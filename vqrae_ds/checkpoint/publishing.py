@@ -19,7 +19,7 @@ from vqrae_ds import manifest
 from vqrae_ds.checkpoint import saving
 from vqrae_ds.checkpoint.names import TrainState, local_step_folder, step_folder
 from vqrae_ds.checkpoint.saving import Content, SaveFailed
-from vqrae_ds.checkpoint.writing import Failure, RankWriter
+from vqrae_ds.checkpoint.writing import RankWriter
 from vqrae_ds.config import Run
 
 POLL_SECONDS = 0.1
@@ -36,7 +36,7 @@ def save_locally(run: Run, content: Content) -> Publication:
     folder = step_folder(run, content.state.step)
     local = local_step_folder(run, content.state.step)
     there = saving.begin(folder)
-    writer = RankWriter(local, synced=False)  # a node that goes down keeps nothing of its disk
+    writer = RankWriter(local, synced=False)  # read back by this process or by nobody
     writer.failure = there.failure
     with writer.attempt(local):
         shutil.rmtree(local.parent, ignore_errors=True)  # left by a run that was killed
@@ -89,12 +89,11 @@ class Publication:
         try:
             self._copy()
             self._copied.set()
-            if dist.get_rank() == 0 and self._writer.failure is None:
+            if self._writer.rank == 0 and self._writer.failure is None:
                 self._vouch()
         except Exception as error:  # a thread has nobody to raise it to
             logger.exception("publishing %s", self.folder)
-            failure = Failure(dist.get_rank(), str(self.folder), repr(error))
-            self._writer.failure = self._writer.failure or failure
+            self._writer.fail(self.folder, repr(error))
         finally:
             self._copied.set()
 
@@ -106,8 +105,8 @@ class Publication:
                 if writer.records.get(name, record) != record:
                     raise OSError(f"{local.folder / name} is not what was written there")
         shutil.rmtree(local.folder.parent, ignore_errors=True)
-        if dist.get_rank() != 0 and writer.failure is None:
-            path = self._records_of(dist.get_rank())
+        if writer.rank != 0 and writer.failure is None:
+            path = self._records_of(writer.rank)
             with writer.attempt(path):
                 manifest.write_json_atomically(path, writer.records)
 
@@ -127,8 +126,8 @@ class Publication:
             if self._writer.failure is not None:
                 return
             if waiting and self._given_up.wait(POLL_SECONDS):
-                text = f"rank 0 does not see the records of ranks {sorted(waiting)}"
-                self._writer.failure = Failure(0, str(self.folder), text)
+                text = f"the records of ranks {sorted(waiting)} are not to be seen"
+                self._writer.fail(self.folder, text)
                 return
         saving.publish(self._run, self.folder, self._state, files, self._writer)
 

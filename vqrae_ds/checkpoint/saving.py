@@ -180,9 +180,9 @@ def publish(
         if damage:
             raise OSError(f"not as it was written: {'; '.join(damage)}")
         # A power cut may take the name of a file whose bytes are safe.
-        for inner in {(folder / name).parent for name in files}:
+        above = {folder.parent, folder.parent.parent}
+        for inner in {(folder / name).parent for name in files} | above:
             manifest.sync_folder(inner)
-        manifest.sync_folder(folder.parent)
     if writer.failure is None:
         with writer.attempt(folder / manifest.MANIFEST_NAME):
             manifest.write_manifest(folder, written)
@@ -191,7 +191,7 @@ def publish(
     try:
         retention.remove_partial(folder.parent, before=state.step)
         retention.remove_old(folder, run.config.checkpoint)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: one that cannot be read any more
         logger.warning("older checkpoints are still there: %s", error)
 
 

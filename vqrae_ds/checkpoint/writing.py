@@ -42,13 +42,9 @@ class RankWriter:
 
     def __init__(self, folder: Path, *, synced: bool = True) -> None:
         self.folder, self.synced = Path(folder), synced
+        self.rank = dist.get_rank()
         self.records: dict[str, FileRecord] = {}
         self.failure: Failure | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all files that were written."""
-        return sum(record.size for record in self.records.values())
 
     def save(self, state: Any, path: Path) -> None:
         """`torch.save`, which need not learn of an error of the file."""
@@ -76,9 +72,11 @@ class RankWriter:
         try:
             yield
         except OSError as error:
-            if self.failure is None:
-                place = error.filename or path
-                self.failure = Failure(dist.get_rank(), str(place), error.strerror or str(error))
+            self.fail(error.filename or path, error.strerror or str(error))
+
+    def fail(self, path: Path | str, error: str) -> None:
+        """Keep what went wrong, if it is the first thing."""
+        self.failure = self.failure or Failure(self.rank, str(path), error)
 
     def add_unrecorded(self, names: set[str]) -> None:
         """Hash and sync every file in the folder that is not in `names`: others wrote it for us."""
