@@ -285,6 +285,8 @@ def test_a_report_as_text_has_a_line_a_row():
         (["step", "--pairs", "1"], "--pairs 1"),
         (["step", "--cases", "stage3"], "stage3"),
         (["step", "--json", "no/such/folder/step.json"], "no/such/folder"),
+        (["checkpoint", "--rounds", "1"], "--rounds 1"),
+        (["checkpoint", "--local-dir", "no/such/folder"], "no/such/folder"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):
@@ -294,7 +296,7 @@ def test_a_mistake_is_one_line(arguments, message):
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["step", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["step", "--help"], ["checkpoint", "--help"]])
 def test_help_shows_an_example(arguments):
     done = run_python("tools/benchmark.py", *arguments)
     assert done.returncode == 0

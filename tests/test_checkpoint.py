@@ -26,6 +26,8 @@ from vqrae_ds.config import Run
 class FileEngine:
     """Saves one number in the way of a DeepSpeed engine; nothing of it is frozen."""
 
+    checkpoint_engine = None  # it has no writer of its own that ours could take the place of
+
     def __init__(self, value: int = 0, module: nn.Module | None = None) -> None:
         self.value = value
         self.module = module or nn.ModuleDict({"vqrae": nn.Identity()})
@@ -34,8 +36,12 @@ class FileEngine:
         self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool = False
     ) -> None:
         assert not save_latest
-        (Path(folder) / tag).mkdir()
-        (Path(folder) / tag / "state").write_text(str(self.value))
+        self.checkpoint_engine.makedirs(str(Path(folder) / tag))
+        self.checkpoint_engine.save(self.value, str(Path(folder) / tag / "state"))
+        self._copy_recovery_script(folder)
+
+    def _copy_recovery_script(self, folder: str) -> None:
+        (Path(folder) / "zero_to_fp32.py").write_text("a script")
 
 
 @pytest.fixture
@@ -50,13 +56,18 @@ def save_at(run: Run, step: int) -> Path:
     return checkpoint.save(run, FileEngine(step), FileEngine(-step), TrainState(step, 4 * step))
 
 
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
 def test_nothing_is_found_before_the_first_save(run):
     assert checkpoint.find(run) is None
 
 
 def test_a_damaged_or_unfinished_checkpoint_falls_back_to_the_one_before(run, caplog):
     older, newer = save_at(run, 1), save_at(run, 2)
-    (newer / "generator" / "state").write_text("9")
+    state = newer / "generator" / "state"
+    state.write_bytes(flipped(state.read_bytes()))
     assert checkpoint.find(run) == older
     assert "generator/state does not match its checksum" in caplog.text
     (older / "manifest.json").unlink()
@@ -75,6 +86,40 @@ def test_an_interrupted_save_is_written_over(run):
 def test_only_the_last_ones_are_kept(run):
     folders = [save_at(run, step) for step in (1, 2, 3, 4)]
     assert [folder.exists() for folder in folders] == [False, False, True, True]
+
+
+def test_those_of_certain_steps_are_kept_for_ever(run):
+    run = with_changes(run, "checkpoint", keep_every=3)
+    folders = {step: save_at(run, step) for step in range(1, 9)}
+    assert [step for step, folder in folders.items() if folder.exists()] == [3, 6, 7, 8]
+
+
+def test_what_is_kept_for_ever_has_to_be_saved(tmp_path):
+    with pytest.raises(
+        ValueError, match="keep_every = 1500 is no multiple of .*every_steps = 1000"
+    ):
+        make_run(tmp_path, 1, checkpoint={"keep_every": 1500})
+
+
+def test_what_killed_saves_left_goes_at_the_next_success(run):
+    kept, partial, later = save_at(run, 1), *(checkpoint.step_folder(run, n) for n in (2, 9))
+    for folder in (partial, later):
+        (folder / "generator").mkdir(parents=True)
+        (folder / "generator" / "state").write_text("half")
+    newest = save_at(run, 3)
+    assert [folder.exists() for folder in (kept, partial, newest, later)] == [1, 0, 1, 1]
+
+
+def test_a_file_that_is_not_as_it_was_written_is_not_vouched_for(run):
+    class Forgetful(FileEngine):
+        def _copy_recovery_script(self, folder: str) -> None:
+            super()._copy_recovery_script(folder)
+            (Path(folder) / "generator" / "state").write_bytes(b"")
+
+    older = save_at(run, 1)
+    with pytest.raises(checkpoint.SaveFailed, match="generator/state has 0 bytes"):
+        checkpoint.save(run, Forgetful(), None, TrainState(2, 8))
+    assert list(older.parent.iterdir()) == [older]
 
 
 def test_damaged_later_ones_never_displace_the_one_just_written(run):
@@ -210,7 +255,7 @@ def test_another_run_is_started_from_at_its_newest_intact_step(run, caplog):
     assert start(home) == start(home / "checkpoints") == start(newer) == str(newer)
     assert start(older) == str(older)
     state = newer / "generator" / "state"
-    state.write_text("9" if state.read_text() != "9" else "8")
+    state.write_bytes(flipped(state.read_bytes()))
     assert start(home) == str(older)
     assert "generator/state does not match its checksum" in caplog.text
     with pytest.raises(ValueError, match="no intact checkpoint: generator/state does not match"):

@@ -10,6 +10,7 @@ import xxhash
 
 from vqrae_ds.manifest import (
     FileRecord,
+    Layout,
     Manifest,
     complete_steps,
     find_damage,
@@ -27,7 +28,7 @@ def publish(folder: Path, step: int = 3) -> Manifest:
     (folder / "a.bin").write_bytes(b"a" * 1000)
     (folder / "part" / "b.bin").write_bytes(b"b" * 10)
     files = {name: hash_file(folder / name) for name in list_files(folder)}
-    manifest = Manifest(step, 1, 2, {"torch": "x"}, files)
+    manifest = Manifest(step, 1, 2, {"torch": "x"}, files, layout=Layout(dp=2, tp=1))
     write_manifest(folder, manifest)
     return manifest
 
@@ -39,6 +40,15 @@ def test_round_trip(tmp_path):
     digest = xxhash.xxh3_128(b"a" * 1000).hexdigest()
     assert manifest.files["a.bin"] == FileRecord(1000, digest)
     assert find_damage(tmp_path / "step_00000003", manifest) == []
+
+
+def test_a_layout_that_an_earlier_version_did_not_state(tmp_path):
+    manifest = publish(tmp_path)
+    path = tmp_path / "manifest.json"
+    payload = json.loads(path.read_text())
+    assert payload.pop("layout") == {"dp": 2, "tp": 1}
+    path.write_text(json.dumps(payload))
+    assert read_manifest(tmp_path) == manifest
 
 
 def test_each_damage_is_named(tmp_path):

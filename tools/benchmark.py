@@ -1,13 +1,16 @@
 """Measure the trainer against a peer, both in one run on this machine.
 
-  step     a training step against a bare DeepSpeed loop of the same model, losses and data:
-           time, collectives, waits for the device (2 ranks, about 5 minutes on 2 CPU cores)
-  convert  tools/convert_checkpoint.py against DeepSpeed's zero_to_fp32 on the same ZeRO-3
-           checkpoint of 8 ranks: processor time, memory (about 3 minutes and 6 GB of disk)
+  step        a training step against a bare DeepSpeed loop of the same model, losses and data:
+              time, collectives, waits for the device (2 ranks, about 5 minutes on 2 CPU cores)
+  checkpoint  how long training stands still for a save, in one step and in two, against
+              DeepSpeed's save_checkpoint of the same engines (2 ranks, about 2 minutes)
+  convert     tools/convert_checkpoint.py against DeepSpeed's zero_to_fp32 on the same ZeRO-3
+              checkpoint of 8 ranks: processor time, memory (about 3 minutes and 6 GB of disk)
 
 examples:
   python tools/benchmark.py step
   python tools/benchmark.py step --cases stage2 --pairs 200 --json step.json
+  python tools/benchmark.py checkpoint --folder /lustre/me --local-dir /nvme/me
   python tools/benchmark.py convert --parameters 5e8 --folder /scratch
 
 Each row has ours, the peer's, and ratio = ours / peer; where the peer is 0 there is no ratio.
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 from vqrae_ds.benchmarks.table import Report, as_json, as_text
@@ -41,6 +45,23 @@ def main() -> None:
         metavar="N",
         help="timed blocks of each loop (default: %(default)s)",
     )
+    checkpoint = names.add_parser("checkpoint", **help_of_all)
+    checkpoint.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        metavar="N",
+        help="saves of each kind (default: %(default)s)",
+    )
+    temporary = Path(tempfile.gettempdir())
+    for name, what in (("--folder", "the run's folder"), ("--local-dir", "the node's own disk")):
+        checkpoint.add_argument(
+            name,
+            type=Path,
+            default=temporary,
+            metavar="DIR",
+            help=f"where {what} is made (default: %(default)s)",
+        )
     convert = names.add_parser("convert", **help_of_all)
     convert.add_argument(
         "--parameters",
@@ -51,7 +72,7 @@ def main() -> None:
         help="sizes of the models, about (default: 125e6 250e6 500e6)",
     )
     convert.add_argument("--folder", type=Path, help="where to make the files, and remove them")
-    for parser_of_one in (step, convert):
+    for parser_of_one in (step, checkpoint, convert):
         parser_of_one.add_argument(
             "--json", type=Path, metavar="FILE", help="write the rows here too"
         )
@@ -59,10 +80,8 @@ def main() -> None:
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
 
-    if args.name == "step":
-        report = run_step(args)
-    elif args.name == "convert":
-        report = run_convert(args)
+    run_one = {"step": run_step, "checkpoint": run_checkpoint, "convert": run_convert}
+    report = run_one[args.name](args)
     print(as_text(report))
     for name, details in report.details.items():
         print(f"{name}: {json.dumps(details)}")
@@ -79,6 +98,19 @@ def run_step(args: argparse.Namespace) -> Report:
     from vqrae_ds.train import train
 
     return measure_step(Trainer(prepare, train), args.cases, args.pairs)
+
+
+def run_checkpoint(args: argparse.Namespace) -> Report:
+    """The benchmark `checkpoint`."""
+    if args.rounds < 2:
+        raise ValueError(f"--rounds {args.rounds} has no spread: 2 or more")
+    for folder in (args.folder, args.local_dir):
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: name one on the disk to measure")
+    from vqrae_ds.benchmarks.checkpoint import measure_checkpoint
+    from vqrae_ds.preparation import prepare
+
+    return measure_checkpoint(prepare, args.folder, args.local_dir, args.rounds)
 
 
 def run_convert(args: argparse.Namespace) -> Report:

@@ -38,11 +38,19 @@ class FileRecord(NamedTuple):
     xxh3_128: str
 
 
+class Layout(NamedTuple):
+    """How the ranks shared the model: `dp` shares of the states, of `tp` slices of the weights."""
+
+    dp: int
+    tp: int = 1
+
+
 class Manifest(NamedTuple):
     """What a folder contains; `files` maps a path relative to the folder to its record.
 
     `frozen` is the file of the run with its frozen pretrained weights (see `frozen_file`), None
-    where a run has none.
+    where a run has none. Without a `layout`, as earlier versions wrote it, all ranks are
+    data-parallel.
     """
 
     step: int
@@ -51,6 +59,12 @@ class Manifest(NamedTuple):
     versions: dict[str, str]
     files: dict[str, FileRecord]
     frozen: FileRecord | None = None
+    layout: Layout | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files together, this one left out."""
+        return sum(record.size for record in self.files.values())
 
 
 def hash_file(path: Path) -> FileRecord:
@@ -84,6 +98,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     payload = {"format_version": FORMAT_VERSION, **manifest._asdict()}
     payload["files"] = {name: record._asdict() for name, record in manifest.files.items()}
     payload["frozen"] = manifest.frozen and manifest.frozen._asdict()
+    payload["layout"] = (manifest.layout or Layout(manifest.world_size))._asdict()
     write_sealed(Path(folder) / MANIFEST_NAME, payload)
 
 
@@ -106,6 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
         payload["files"] = {name: FileRecord(**r) for name, r in payload["files"].items()}
         if payload.get("frozen") is not None:
             payload["frozen"] = _frozen_record(payload["frozen"])
+        payload["layout"] = Layout(**payload.get("layout", {"dp": payload["world_size"]}))
         manifest = Manifest(**payload)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable manifest: {error}") from error
@@ -115,11 +131,16 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def step_folders(checkpoints: Path) -> dict[int, Path]:
+    """All `step_XXXXXXXX` folders by their steps, complete or not, newest first."""
+    steps = {int(m[1]): p for p in checkpoints.glob("*") if (m := _STEP_FOLDER.fullmatch(p.name))}
+    return dict(sorted(steps.items(), reverse=True))
+
+
 def complete_steps(checkpoints: Path) -> list[Path]:
     """The `step_XXXXXXXX` folders with a readable manifest, newest first; others are warned of."""
-    steps = {int(m[1]): p for p in checkpoints.glob("*") if (m := _STEP_FOLDER.fullmatch(p.name))}
     complete = []
-    for _, folder in sorted(steps.items(), reverse=True):
+    for folder in step_folders(checkpoints).values():
         try:
             read_manifest(folder)
         except ValueError as error:
@@ -243,8 +264,13 @@ def write_json_atomically(path: Path, payload: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in `folder` to the disk, which the sync of a file need not do."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

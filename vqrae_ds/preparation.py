@@ -75,6 +75,7 @@ def prepare(
     validation = config.data.validation
     validation_index = None if validation is None else read_index(Path(validation))
 
+    checkpoint.prepare_local_dir(run)
     watchdog.beat("the search for a checkpoint")
     folder = checkpoint.find(run)  # the first of the starting points of config.InitConfig
     if folder is None:
@@ -98,6 +99,7 @@ def prepare(
     if pretrained is None:
         watchdog.beat("the writing of the frozen weights")
         pretrained = checkpoint.write_pretrained(run, generator)
+    checkpoint.warn_of_shortage(run, generator, discriminator, ema)
     stop = StopVote(stop_request or stop_request_of(run), ranks.rank, ranks.device)
     objective, perceptual = _objective(run, ranks, discriminator, stop)
     return Setup(

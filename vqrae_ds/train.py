@@ -15,7 +15,6 @@ import logging
 import os
 import sys
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vqrae_ds.command_line import USER_ERRORS, exit_with
@@ -33,7 +32,8 @@ from vqrae_ds.stopping import PREEMPTED_STATUS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vqrae_ds.checkpoint import TrainState
+    from vqrae_ds.checkpoint import Saver, TrainState
+    from vqrae_ds.guard import Guard
     from vqrae_ds.monitoring.monitor import Monitor
     from vqrae_ds.watchdog import Watchdog
 
@@ -87,14 +87,16 @@ def train(run: Run, setup: Setup) -> None:
     """The loop: from `setup.state` to the last step.
 
     Raises, after a checkpoint, `TrainingStopped` where too many steps in a row had to be skipped,
-    and `Preempted` where the run was asked to stop.
+    and `Preempted` where the run was asked to stop; the former also where the last checkpoint could
+    not be written.
     """
     from vqrae_ds import engines
+    from vqrae_ds.checkpoint import Saver
     from vqrae_ds.monitoring.monitor import Monitor
     from vqrae_ds.monitoring.profiler import StepProfiler
 
     config, (sizes, total_steps) = run.config, run.schedule
-    guard, state = setup.guard, setup.state
+    guard, state, saver = setup.guard, setup.state, Saver(run)
     is_first, is_stopping = setup.ranks.rank == 0, setup.stop.at_once()
     if is_first and state.step < total_steps:
         record(run)
@@ -123,7 +125,8 @@ def train(run: Run, setup: Setup) -> None:
             if is_logged:
                 monitor.add_gradients(squares)
                 rates = engines.learning_rates(setup.generator, setup.discriminator)
-                guard.learn(monitor.log(state.step, state.samples, rates, _numbers(setup)))
+                numbers = _numbers(setup, saver)
+                guard.learn(monitor.log(state.step, state.samples, rates, numbers))
             with monitor.paused():
                 is_validated = is_due(state.step, config.monitor.validate_every_steps, total_steps)
                 if is_validated and (not is_stopping or state.step == total_steps):
@@ -131,15 +134,12 @@ def train(run: Run, setup: Setup) -> None:
                 is_saved = is_due(state.step, config.checkpoint.every_steps, total_steps)
                 if is_saved or guard.must_stop() or is_stopping:
                     watchdog.beat(f"the checkpoint after step {state.step}")
-                    folder = _save(run, setup, state)
-        if is_first and not guard.must_stop():
+                    is_last = state.step == total_steps or guard.must_stop() or is_stopping
+                    _save(setup, state, saver, is_last=is_last)
+        if is_first and not guard.must_stop() and saver.failure is None:
             setup.stop.request.leave_mark(is_done=state.step == total_steps)
         engines.stop()
-    if guard.must_stop():
-        raise TrainingStopped(
-            f"{guard.skipped_in_a_row} steps in a row were skipped, the last: {guard.reason()}. "
-            f"{folder} holds the weights of the last step that was taken"
-        )
+    _check_end(guard, saver, state.step)
     if state.step < total_steps:
         raise Preempted(f"asked to stop after step {state.step}: the same command goes on from it")
     logger.info("done: %d steps, %s", state.step, config.run.output_dir)
@@ -214,12 +214,11 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, watchdog: Watchdog, step
     monitor.log_validation(step, validation)
 
 
-def _save(run: Run, setup: Setup, state: TrainState) -> Path:
-    from vqrae_ds import checkpoint
+def _save(setup: Setup, state: TrainState, saver: Saver, *, is_last: bool) -> None:
+    from vqrae_ds.checkpoint import Content
 
     setup.objective.settle()
-    return checkpoint.save(
-        run,
+    content = Content(
         setup.generator,
         setup.discriminator,
         state,
@@ -227,11 +226,34 @@ def _save(run: Run, setup: Setup, state: TrainState) -> Path:
         extra={"guard": setup.guard.state(), "num_samples": setup.num_samples},
         pretrained=setup.pretrained,
     )
+    if is_last:
+        saver.save_last(content)
+    else:
+        saver.save(content)
 
 
-def _numbers(setup: Setup) -> dict[str, float]:
+def _check_end(guard: Guard, saver: Saver, step: int) -> None:
+    """Raise `TrainingStopped` where the loop ended by the guard, or without its last checkpoint."""
+    if guard.must_stop():
+        reason = f"{guard.skipped_in_a_row} steps in a row were skipped, the last: {guard.reason()}"
+        if saver.failure is None:
+            raise TrainingStopped(
+                f"{reason}. {saver.newest} holds the weights of the last step that was taken"
+            )
+        raise TrainingStopped(f"{reason}. Its weights could not be saved: {saver.failure}")
+    if saver.failure is not None:
+        raise TrainingStopped(
+            f"the weights after step {step}, the last, could not be saved: {saver.failure}. Make "
+            "room and give the same command again: it goes on from the newest checkpoint"
+        )
+
+
+def _numbers(setup: Setup, saver: Saver) -> dict[str, float]:
     """What every rank knows by itself."""
-    numbers = {"optim/skipped_steps": setup.guard.skipped_steps}
+    numbers = {
+        "optim/skipped_steps": setup.guard.skipped_steps,
+        "checkpoint/failed_saves": saver.failed_saves,
+    }
     if setup.discriminator is not None:
         norm = setup.discriminator.get_global_grad_norm()
         if norm is not None:  # before its first step

@@ -53,9 +53,14 @@ LOSSES: dict[Case, dict[str, Any]] = {
 }
 
 
-def write_run(folder: Path, case: Case, machine: Machine, total_steps: int) -> Run:
-    """Write files, data and first weights into `folder`; nothing is due before the last step."""
-    size = SIZES[machine.device_type]
+def write_run(
+    folder: Path, case: Case, machine: Machine, total_steps: int, size: Size | None = None
+) -> Run:
+    """Write files, data and first weights into `folder`; nothing is due before the last step.
+
+    Without a `size` it is that of `SIZES`.
+    """
+    size = size or SIZES[machine.device_type]
     (folder / "encoder").mkdir()
     (folder / "encoder" / "config.json").write_text(json.dumps(_encoder(size)))
     model = {

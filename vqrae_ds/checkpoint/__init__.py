@@ -16,21 +16,32 @@
 
 DeepSpeed's own marker `latest` is neither atomic nor last, so it is not written. DeepSpeed's reader
 is not used either: `sharding/loading.py` reads what its writer left, on any number of ranks.
+
+Every file is synced by the rank that writes it before the manifest vouches for it. A save that
+fails leaves nothing, and does not end the run: `Saver` counts it. With `checkpoint.local_dir` the
+files go over the node's own disk (`publishing.py`); the run's folder is the same in the end.
 """
 
 from vqrae_ds.checkpoint.finding import find, resolve_start
 from vqrae_ds.checkpoint.frozen import write_pretrained
 from vqrae_ds.checkpoint.names import TrainState, step_folder
 from vqrae_ds.checkpoint.resuming import Resumed, resume
-from vqrae_ds.checkpoint.saving import save
+from vqrae_ds.checkpoint.saver import Saver, prepare_local_dir
+from vqrae_ds.checkpoint.saving import Content, SaveFailed, save
+from vqrae_ds.checkpoint.space import warn_of_shortage
 
 __all__ = [
+    "Content",
     "Resumed",
+    "SaveFailed",
+    "Saver",
     "TrainState",
     "find",
+    "prepare_local_dir",
     "resolve_start",
     "resume",
     "save",
     "step_folder",
+    "warn_of_shortage",
     "write_pretrained",
 ]

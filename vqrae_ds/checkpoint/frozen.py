@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vqrae_ds.checkpoint.writing import RankWriter
 from vqrae_ds.config import Run
 from vqrae_ds.conversion.output_folder import sync
 from vqrae_ds.conversion.rank_files import FROZEN_FILE
@@ -64,14 +66,32 @@ def write_pretrained(run: Run, engine: Any, known: FileRecord | None = None) -> 
     return record
 
 
-def write_others(folder: Path, engine: Any) -> None:
-    """Write all other frozen parameters into the engine's folder of a checkpoint.
+def write_others(writer: RankWriter, folder: Path, engine: Any) -> None:
+    """Write all other frozen parameters into `folder`, that of the engine; all ranks call it.
 
-    All ranks call it; an error of rank 0 is raised on all of them together.
+    The writer of rank 0 keeps the record of the file, or what went wrong.
     """
-    weights = {n: t for n, t in _frozen(engine.module).items() if not n.startswith(PRETRAINED)}
+    path = folder / FROZEN_FILE
+
+    def write(tensors: list[StreamedTensor]) -> None:
+        if writer.failure is None:
+            with writer.attempt(path):
+                record = write_file(path, tensors, _unheard)
+                writer.records[path.relative_to(writer.folder).as_posix()] = record
+
+    weights = _others(engine)
     if weights:
-        _on_rank_0(weights, lambda tensors: write_file(folder / FROZEN_FILE, tensors, _unheard))
+        _on_rank_0(weights, write)
+
+
+def bytes_of_others(engine: Any) -> int:
+    """What `write_others` writes on rank 0."""
+    sizes = ((math.prod(_shape(t)), t.dtype.itemsize) for t in _others(engine).values())
+    return sum(numel * itemsize for numel, itemsize in sizes)
+
+
+def _others(engine: Any) -> dict[str, Tensor]:
+    return {n: t for n, t in _frozen(engine.module).items() if not n.startswith(PRETRAINED)}
 
 
 def _frozen(model: nn.Module) -> dict[str, Tensor]:

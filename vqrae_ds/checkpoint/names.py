@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
+import xxhash
 
 from vqrae_ds.config import Run
 
@@ -20,9 +21,29 @@ class TrainState(NamedTuple):
     samples: int = 0
 
 
+def checkpoints_folder(run: Run) -> Path:
+    """Where the run's checkpoints are."""
+    return Path(run.config.run.output_dir) / "checkpoints"
+
+
 def step_folder(run: Run, step: int) -> Path:
     """The folder of the checkpoint after `step` steps."""
-    return Path(run.config.run.output_dir) / "checkpoints" / f"step_{step:08d}"
+    return checkpoints_folder(run) / f"step_{step:08d}"
+
+
+def local_root(run: Run) -> Path:
+    """The folder on a node's own disk that belongs to this run alone.
+
+    Runs that share `checkpoint.local_dir` and the last part of their paths are kept apart.
+    """
+    output = Path(run.config.run.output_dir).resolve()
+    digest = xxhash.xxh3_64(str(output).encode()).hexdigest()
+    return Path(run.config.checkpoint.local_dir) / f"{output.name}-{digest}"
+
+
+def local_step_folder(run: Run, step: int) -> Path:
+    """Where this rank, and no other, writes the checkpoint on its node's own disk."""
+    return local_root(run) / f"rank_{dist.get_rank():05d}" / step_folder(run, step).name
 
 
 def random_file(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from vqrae_ds.config.losses import AdversarialConfig, DistillationConfig, LossCo
 from vqrae_ds.config.model import DecoderConfig, ModelConfig, resolve_model
 from vqrae_ds.config.reading import Run, Schedule, check_same_model, describe, read_run
 from vqrae_ds.config.schema import (
+    CheckpointConfig,
     DataConfig,
     GuardConfig,
     InitConfig,
@@ -19,6 +20,7 @@ from vqrae_ds.config.schema import (
 
 __all__ = [
     "AdversarialConfig",
+    "CheckpointConfig",
     "DataConfig",
     "DecoderConfig",
     "DistillationConfig",

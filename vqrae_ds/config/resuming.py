@@ -33,6 +33,8 @@ MAY_DIFFER = frozenset(
         # What is kept and shown, and when.
         "checkpoint.every_steps",
         "checkpoint.keep_last",
+        "checkpoint.keep_every",
+        "checkpoint.local_dir",
         "monitor.log_every_steps",
         "monitor.validate_every_steps",
         "monitor.num_images",

@@ -158,10 +158,31 @@ class EMAConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """A checkpoint every `every_steps` steps and at the end; the last `keep_last` are kept."""
+    """A checkpoint every `every_steps` steps and at the end.
+
+    A save that fails, for want of space or by any other error of a file system on any rank, leaves
+    a warning and the count `checkpoint/failed_saves`: training goes on, and the next save tries
+    again. A run whose last save fails, three times, ends with exit status 1.
+
+    With `local_dir` the ranks write there, training goes on, and a thread of each rank copies its
+    files into the run's folder. A checkpoint exists once all are there, before the next save at the
+    latest: a run that is killed may then lose the steps of two intervals instead of one. The end of
+    a run waits.
+    """
 
     every_steps: Positive = 1000
     keep_last: Positive = 3
+    keep_every: Positive | None = None  # steps that it divides are kept for ever beside those
+    local_dir: Text | None = None  # a fast disk of each node, with room for its ranks' share
+
+    @model_validator(mode="after")
+    def _kept_are_saved(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.every_steps:
+            raise ValueError(
+                f"keep_every = {self.keep_every} is no multiple of checkpoint.every_steps = "
+                f"{self.every_steps}: there is no checkpoint of every such step"
+            )
+        return self
 
 
 class MonitorConfig(Section):

@@ -4,7 +4,7 @@ Between logged steps nothing is reduced and nothing is read back from the device
 one fused reduction: the terms since the last one, the norms of the gradients, how often each code
 was used, and what each rank measures for itself.
 
-Names are in groups: loss, codebook, gan, optim, perf, retention, validation.
+Names are in groups: loss, codebook, gan, optim, perf, checkpoint, retention, validation.
 """
 
 from __future__ import annotations
@@ -132,7 +132,10 @@ class Monitor:
             images, images_hat = validation.images_B3HW, validation.images_hat_B3HW
             grid_3HW = image_grid([images, images_hat, error_map(images_hat, images)])
             self._log.write_image("validation/reconstructions", grid_3HW, step)
-            save_grid(grid_3HW, self.folder / "samples" / f"step_{step:08d}.png")
+            try:
+                save_grid(grid_3HW, self.folder / "samples" / f"step_{step:08d}.png")
+            except OSError as error:  # a full disk is no reason for a run to end
+                logger.warning("the image grid of step %d was not written: %s", step, error)
         figures = "  ".join(f"{k.split('/')[1]} {v:.4g}" for k, v in validation.figures.items())
         logger.info("validation after step %d: %s", step, figures)
 

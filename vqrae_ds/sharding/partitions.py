@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vqrae_ds.conversion.optimizer_states import Counters
@@ -231,3 +232,25 @@ def _is_zero_3(optimizer: Any) -> bool:
 
 def _is_bf16_optimizer(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp32_groups_gradient_flat_partition")
+
+
+def saved_bytes(engine: Any) -> int:
+    """Bytes of the tensors that DeepSpeed writes of this rank, without those that are frozen.
+
+    Whole storages, as `torch.save` writes them: those of a view with what lies around it. The state
+    that an optimizer makes at its first step is counted before it too.
+    """
+    tensors, base = masters(engine), engine.optimizer.optimizer
+    moments = [v for state in base.state.values() for v in state.values() if isinstance(v, Tensor)]
+    group = base.param_groups[0]
+    to_come = 2 if "betas" in group else int(group.get("momentum", 0) > 0)  # Adam's, or SGD's
+    num_bytes = 0 if moments else to_come * sum(master.nbytes for master in tensors)
+    tensors += moments
+    if _is_zero_3(engine.optimizer):
+        tensors += engine.module.buffers()
+    elif dist.get_rank() == 0:  # the others write no module
+        frozen = {n for n, p in engine.module.named_parameters() if not p.requires_grad}
+        state = engine.module.state_dict()
+        tensors += [tensor for name, tensor in state.items() if name not in frozen]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return num_bytes + sum({s.data_ptr(): s.nbytes() for s in storages}.values())
