@@ -45,9 +45,9 @@ def test_round_trip(tmp_path):
 def test_a_layout_that_an_earlier_version_did_not_state(tmp_path):
     manifest = publish(tmp_path)
     path = tmp_path / "manifest.json"
-    payload = json.loads(path.read_text())
+    payload = read_sealed(path)
     assert payload.pop("layout") == {"dp": 2, "tp": 1}
-    path.write_text(json.dumps(payload))
+    write_sealed(path, payload)
     assert read_manifest(tmp_path) == manifest
 
 

@@ -7,8 +7,12 @@ polite kill, both after what was open has been cleaned up.
 from __future__ import annotations
 
 import argparse
+import logging
+import multiprocessing
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -39,6 +43,29 @@ def run_tool(main: Callable[[], None]) -> None:
         exit_with(InterruptedError("interrupted"), status=128 + signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def end_process_after(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and end the process with its exit status, whatever else still runs in it.
+
+    The threads of a process group may abort an interpreter that winds down when a peer has left,
+    and so spoil the status that `main` ended with.
+    """
+    status = 1
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _unwind(number: int, frame: FrameType | None) -> NoReturn:

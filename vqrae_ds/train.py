@@ -17,7 +17,7 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
 
-from vqrae_ds.command_line import USER_ERRORS, exit_with
+from vqrae_ds.command_line import USER_ERRORS, end_process_after, exit_with
 from vqrae_ds.config import Run, describe, parse_command_line
 from vqrae_ds.preparation import (
     Setup,
@@ -268,4 +268,4 @@ def _configure_logging(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_process_after(main)
