@@ -6,6 +6,8 @@ enough.
 
 from __future__ import annotations
 
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,25 +70,65 @@ def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
     assert finish(cluster, job, folder, run, straight)["Restarts"] == "0"
 
 
+def has_heard(cluster: MiniCluster, run: Path, rank: int) -> bool:
+    """Whether the wish to stop is there: as the file, or as a signal that the rank has or had."""
+    status = cluster.run("n2", "cat", f"/proc/{rank}/status")
+    if (run / STOP).exists() or status.returncode:  # with its TERM SLURM sends a CONT
+        return True
+    waiting = int(status.stdout.partition("ShdPnd:")[2].split()[0], base=16)
+    return bool(waiting >> (signal.SIGTERM - 1) & 1)
+
+
 def test_a_job_comes_back_from_every_interruption(cluster, folder, straight):
     run = folder / "interrupted"
     job = runs.submit(cluster, folder, run, "--signal=B:USR1@60")
-
-    def interrupt(step: int, *command: str) -> None:
-        """Once the run is at the step; returns when the job is in the queue again."""
-        runs.wait_for_step(run, step, lambda: is_there(cluster, job))
+    interruptions = [
+        ["scancel", "--batch", "--signal=USR1", job],
+        ["scontrol", "update", f"JobId={job}", "TimeLimit=1"],  # less than --signal leaves
+        ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 1"],
+        ["scontrol", "requeue", job],
+    ]
+    for number, command in enumerate(interruptions):
+        runs.wait_for_step(run, 4 + 10 * number, lambda: is_there(cluster, job))
         rank, restarts = runs.rank_of(cluster, "n2"), cluster.job(job)["Restarts"]
         runs.send(cluster, "n2", "STOP", rank)
         cluster.ask(CONTROLLER, *command)
-        wait_until("the wish to stop", 120, lambda: (run / STOP).exists())
-        runs.send(cluster, "n2", "CONT", rank)
-        wait_until("a requeue", 120, lambda: cluster.job(job)["Restarts"] != restarts)
+        wait_until(f"{command} to be heard of", 120, partial(has_heard, cluster, run, rank))
+        cluster.run("n2", "kill", "-CONT", str(rank))
+        wait_until("a requeue", 120, lambda r=restarts: cluster.job(job)["Restarts"] != r)
         assert not (run / DONE).exists()
+        if "TimeLimit=1" in command:
+            cluster.ask(CONTROLLER, "scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    assert finish(cluster, job, folder, run, straight)["Restarts"] == "4"
+    log = (folder / "interrupted.log").read_text()
+    assert log.count("asked to stop after step") == 4, "each time with a checkpoint"
 
-    interrupt(3, "scancel", "--batch", "--signal=USR1", job)
-    # Three minutes from its start, of which --signal leaves two.
-    cluster.wait_for_job(job, "RUNNING", seconds=60)
-    runs.wait_for_step(run, 8, lambda: is_there(cluster, job))
-    interrupt(9, "scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    cluster.ask(CONTROLLER, "scontrol", "update", f"JobId={job}", "TimeLimit=20")
+
+def test_a_job_whose_rank_is_killed_fails_and_goes_on_when_it_is_submitted_again(
+    cluster, folder, straight
+):
+    run = folder / "killed"
+    job = runs.submit(cluster, folder, run)
+    runs.wait_for_step(run, 25, lambda: is_there(cluster, job))
+    runs.send(cluster, "n2", "KILL", runs.rank_of(cluster, "n2"))
+    ended = cluster.wait_for_job(job, seconds=END_SECONDS)
+    assert ended["JobState"] == "FAILED" and ended["Restarts"] == "0"
+    assert not (run / DONE).exists() and not (run / PREEMPTED).exists()
+    wait_until("every process to end", 10, lambda: not runs.left_on(cluster))
+    job = runs.submit(cluster, folder, run)
+    finish(cluster, job, folder, run, straight)
+
+
+@pytest.mark.parametrize("loss", ["node_down", "cut_off"])
+def test_a_job_that_loses_a_node_comes_back_when_there_is_one(cluster, folder, straight, loss):
+    run = folder / loss
+    job = runs.submit(cluster, folder, run)
+    runs.wait_for_step(run, 25, lambda: is_there(cluster, job))
+    getattr(cluster, loss)("n2")
+    try:
+        wait_until(
+            "a requeue", NODE_LOSS_SECONDS, lambda: cluster.job(job)["Restarts"] == "1", pause=1
+        )
+    finally:
+        {"node_down": cluster.node_up, "cut_off": cluster.reconnect}[loss]("n2")
     finish(cluster, job, folder, run, straight)

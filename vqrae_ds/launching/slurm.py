@@ -68,8 +68,7 @@ def port_of_job(job: int) -> int:
 
 def _end(folder: RunFolder, job: int, status: int) -> int:
     """The exit status of the job, by the marker; a job that was stopped is requeued."""
-    for number in SIGNALS:  # a requeue signals this process: that asks for nothing more
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # nothing more to ask the ranks for
     marker = folder.marker()
     logger.info("srun ended with status %d; marker: %s", status, marker or "none")
     if marker == DONE:
@@ -81,7 +80,11 @@ def _end(folder: RunFolder, job: int, status: int) -> int:
         logger.error("not requeued: %s", requeue.stderr.strip())
         return PREEMPTED_STATUS
     logger.info("requeued")
-    time.sleep(REQUEUE_SECONDS)  # it ends this process; leaving by itself would look like an end
+    # SLURM now ends this process. To leave before that would look like the end of the job, to stay
+    # longer would cost KillWait.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    time.sleep(REQUEUE_SECONDS)
     return PREEMPTED_STATUS
 
 
