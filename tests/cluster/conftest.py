@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
+from tests.cluster import runs
 from tests.cluster.cluster import MiniCluster, why_not
+from tests.launching import train
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +29,19 @@ def cluster(
     settings = getattr(request.module, "CLUSTER", {})
     with MiniCluster(tmp_path_factory.mktemp("cluster") / "state", **settings) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs and configurations; each run has a folder in it."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs.make_files(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def straight(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an undisturbed run on one node, by DeepSpeed's launcher alone."""
+    run = folder / "straight"
+    train(folder, 1, *runs.settings_of(run))
+    return runs.weights_of(run, folder / "straight_weights")

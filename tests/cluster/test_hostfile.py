@@ -11,27 +11,12 @@ import pytest
 
 from tests.cluster import runs
 from tests.cluster.cluster import CONTROLLER, MiniCluster
-from tests.launching import train
 from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SILENCE, GRACE = 10, 10  # seconds; SILENCE and GRACE of launchers/multinode.sh
 END_SECONDS = SILENCE + GRACE + 60  # the ranks of a node end within 30 s each; and a busy machine
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hostfile")
-    runs.make_files(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def straight(folder):
-    """The weights of the same run on one node, by DeepSpeed's launcher alone."""
-    train(folder, 1, *runs.SETTINGS, f"run.output_dir={folder / 'straight'}")
-    return runs.weights_of(folder / "straight", folder / "straight_weights")
 
 
 def launch(cluster: MiniCluster, folder: Path, run: Path, **env: str) -> subprocess.Popen:

@@ -14,35 +14,25 @@ import pytest
 
 from tests.cluster import runs
 from tests.cluster.cluster import CONTROLLER, ENDED, MiniCluster, wait_until
-from tests.launching import train
 from vqrae_ds.stopping import DONE, PREEMPTED, STOP
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-CLUSTER = {"MC_TIMEOUT": "15", "MC_GRACE": "60", "MC_KILL_WAIT": "60"}
+CLUSTER = {"MC_TIMEOUT": "10", "MC_GRACE": "60", "MC_KILL_WAIT": "40"}
 # A rank dies, and its launcher notices within 1 s; srun ends the others after KillWait at the most.
 END_SECONDS = 90
 # A node is called down after SlurmdTimeout, once in that time; then KillWait and the credential.
 NODE_LOSS_SECONDS = 180
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("slurm")
-    runs.make_files(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def straight(folder):
-    """The weights of the same run on one node, by DeepSpeed's launcher alone."""
-    train(folder, 1, *runs.SETTINGS, f"run.output_dir={folder / 'straight'}")
-    return runs.weights_of(folder / "straight", folder / "straight_weights")
-
-
 def is_there(cluster: MiniCluster, job: str) -> bool:
     """Whether the job has not ended; to wait in the queue is no end."""
     return cluster.job(job)["JobState"] not in ENDED
+
+
+def is_free(cluster: MiniCluster) -> bool:
+    """Whether no job has a node, not even one that is ending."""
+    return not cluster.ask(CONTROLLER, "squeue", "-h", "--states=RUNNING,COMPLETING")
 
 
 def finish(cluster: MiniCluster, job: str, folder: Path, run: Path, straight) -> dict[str, str]:
@@ -102,6 +92,18 @@ def test_a_job_comes_back_from_every_interruption(cluster, folder, straight):
     assert finish(cluster, job, folder, run, straight)["Restarts"] == "4"
     log = (folder / "interrupted.log").read_text()
     assert log.count("asked to stop after step") == 4, "each time with a checkpoint"
+
+
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, folder):
+    run = folder / "cancelled"
+    job = runs.submit(cluster, folder, run)
+    runs.wait_for_step(run, 5, lambda: is_there(cluster, job))
+    cluster.ask(CONTROLLER, "scancel", job)
+    wait_until("every process to end", END_SECONDS, lambda: not runs.left_on(cluster))
+    wait_until("nodes that are free", 60, lambda: is_free(cluster))
+    ended = cluster.job(job)
+    assert ended["JobState"] == "CANCELLED" and ended["Restarts"] == "0"
+    assert (run / PREEMPTED).exists()
 
 
 def test_a_job_whose_rank_is_killed_fails_and_goes_on_when_it_is_submitted_again(

@@ -77,7 +77,9 @@ def _end(folder: RunFolder, job: int, status: int) -> int:
         return status if 0 < status < 128 and status != PREEMPTED_STATUS else 1
     requeue = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True)
     if requeue.returncode:
-        logger.error("not requeued: %s", requeue.stderr.strip())
+        # It is in the queue already where SLURM itself has requeued it, and is not to be where it
+        # was cancelled.
+        logger.warning("scontrol requeue: %s", requeue.stderr.strip())
         return PREEMPTED_STATUS
     logger.info("requeued")
     # SLURM now ends this process. To leave before that would look like the end of the job, to stay
