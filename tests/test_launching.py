@@ -88,7 +88,7 @@ def test_hostfile_launch_refuses_in_one_line_before_anything_is_started(tmp_path
 def test_values_pass_through_deepspeed_and_a_shell(tmp_path):
     values = {f"DS_ACCELERATOR_{i}": value for i, value in enumerate(VALUES)}
     write_deepspeed_env(tmp_path / "env", {**values, "OTHER": "stays"}, PYTHONX="own")
-    runner = PDSHRunner(Namespace(user_args=[]), "")
+    runner = PDSHRunner(Namespace(user_args=[], user_script=""), "")
     for line in (tmp_path / "env").read_text().splitlines(keepends=True):
         runner.add_export(*line.split("=", maxsplit=1))
     assert set(runner.exports) == {*values, "PYTHONX"}
