@@ -75,7 +75,7 @@ def test_a_job_comes_back_from_every_interruption(cluster, folder, straight):
     interruptions = [
         ["scancel", "--batch", "--signal=USR1", job],
         ["scontrol", "update", f"JobId={job}", "TimeLimit=1"],  # less than --signal leaves
-        ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 1"],
+        ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"],
         ["scontrol", "requeue", job],
     ]
     for number, command in enumerate(interruptions):

@@ -75,11 +75,14 @@ def _end(folder: RunFolder, job: int, status: int) -> int:
         return 0
     if marker != PREEMPTED:
         return status if 0 < status < 128 and status != PREEMPTED_STATUS else 1
+    state = _state_of(job)
+    if state.startswith("CANCELLED"):  # SLURM would put it back into the queue all the same
+        logger.info("cancelled: the job is not requeued")
+        return PREEMPTED_STATUS
     requeue = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True)
     if requeue.returncode:
-        # It is in the queue already where SLURM itself has requeued it, and is not to be where it
-        # was cancelled.
-        logger.warning("scontrol requeue: %s", requeue.stderr.strip())
+        # SLURM itself has requeued it, or it may not be (Requeue=0).
+        logger.warning("%s: %s", state, requeue.stderr.strip())
         return PREEMPTED_STATUS
     logger.info("requeued")
     # SLURM now ends this process. To leave before that would look like the end of the job, to stay
@@ -88,6 +91,13 @@ def _end(folder: RunFolder, job: int, status: int) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     time.sleep(REQUEUE_SECONDS)
     return PREEMPTED_STATUS
+
+
+def _state_of(job: int) -> str:
+    """RUNNING, CANCELLED, PENDING, ..., as SLURM calls a job."""
+    show = ["scontrol", "show", "job", str(job), "--oneliner"]
+    text = subprocess.run(show, check=True, capture_output=True, text=True).stdout
+    return text.partition("JobState=")[2].split()[0]
 
 
 def _hosts_of_job() -> list[Host]:
