@@ -1,0 +1,126 @@
+"""Runs by hostfile over pdsh: to their end, asked to stop, and hurt."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import runs
+from tests.cluster.cluster import CONTROLLER, MiniCluster
+from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+SILENCE, GRACE = 10, 10  # seconds; SILENCE and GRACE of launchers/multinode.sh
+END_SECONDS = SILENCE + GRACE + 60  # the ranks of a node end within 30 s each; and a busy machine
+
+
+def launch(cluster: MiniCluster, folder: Path, run: Path, **env: str) -> subprocess.Popen:
+    """The script on `ctl`; its log is beside the run's folder."""
+    command = ["bash", "launchers/multinode.sh", folder / "hosts", *runs.files_of(folder, 1)]
+    command += runs.settings_of(run)
+    env = runs.site(SILENCE=str(SILENCE), GRACE=str(GRACE), **env)
+    with open(folder / "log", "a") as log:
+        return cluster.start(
+            CONTROLLER, command, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0
+        )
+
+
+def ask_to_stop(cluster: MiniCluster) -> None:
+    (pid,) = cluster.processes(CONTROLLER, "-m vqrae_ds.launching.hostfile")
+    runs.send(cluster, CONTROLLER, "TERM", pid)
+
+
+def status_of(process: subprocess.Popen, seconds: float) -> int:
+    try:
+        return process.wait(seconds)
+    finally:
+        process.kill()
+
+
+def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
+    cluster, folder, straight
+):
+    run = folder / f"run {runs.ODD}"
+    env = {"VQRAE_ODD": runs.ODD, "NCCL_ODD": f"{runs.ODD}\n2", "OTHER": "o", "HF_TOKEN": "secret"}
+    job = launch(cluster, folder, run, **env, VQRAE_FORWARD="OTHER")
+    runs.wait_for_step(run, 1, lambda: job.poll() is None)
+    for node in cluster.nodes:
+        theirs = runs.environment_of(cluster, node, runs.rank_of(cluster, node))
+        assert theirs["VQRAE_ODD"] == runs.ODD and theirs["NCCL_ODD"] == f"{runs.ODD}\n2"
+        assert theirs["OTHER"] == "o" and "HF_TOKEN" not in theirs
+    assert status_of(job, runs.START_SECONDS) == 0, (folder / "log").read_text()[-6000:]
+    assert (run / DONE).exists()
+    runs.assert_same(runs.weights_of(run, folder / "odd_weights"), straight)
+    assert not runs.left_on(cluster)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_harms_no_other(cluster, folder, straight):
+    run = folder / "asked"
+    other = cluster.start(
+        "n2", ["bash", "-c", "exec -a 'python -u -m deepspeed.launcher.launch' sleep 1002"]
+    )
+    try:
+        job = launch(cluster, folder, run)
+        runs.wait_for_step(run, 5, lambda: job.poll() is None)
+        ask_to_stop(cluster)
+        assert status_of(job, 120) == PREEMPTED_STATUS
+        assert (run / PREEMPTED).exists() and not (run / DONE).exists()
+        assert not runs.left_on(cluster)
+        assert other.poll() is None, "a launcher of another job"
+    finally:
+        other.send_signal(signal.SIGKILL)
+    job = launch(cluster, folder, run)
+    assert status_of(job, runs.START_SECONDS + 60) == 0
+    runs.assert_same(runs.weights_of(run, folder / "asked_weights"), straight)
+
+
+def hurt_rank(cluster: MiniCluster) -> None:
+    runs.send(cluster, "n2", "KILL", runs.rank_of(cluster, "n2"))
+
+
+def hurt_twice(cluster: MiniCluster) -> None:
+    """A rank that answers to nothing; so the first signal leads nowhere."""
+    runs.send(cluster, "n2", "STOP", runs.rank_of(cluster, "n2"))
+    ask_to_stop(cluster)
+    time.sleep(3)
+    ask_to_stop(cluster)
+
+
+def hurt_launcher(cluster: MiniCluster) -> None:
+    """Nobody is left to end anything, but the guardians."""
+    (pid,) = cluster.processes(CONTROLLER, "-m vqrae_ds.launching.hostfile")
+    runs.send(cluster, CONTROLLER, "KILL", pid)
+
+
+def cut_off(cluster: MiniCluster) -> None:
+    cluster.cut_off("n2")
+
+
+def lose_node(cluster: MiniCluster) -> None:
+    cluster.node_down("n2")
+
+
+@pytest.mark.parametrize("hurt", [hurt_rank, hurt_twice, hurt_launcher, cut_off, lose_node])
+def test_a_run_that_is_hurt_ends_on_all_nodes(cluster, folder, hurt):
+    run = folder / hurt.__name__
+    job = launch(cluster, folder, run)
+    try:
+        runs.wait_for_step(run, 5, lambda: job.poll() is None)
+        start = time.monotonic()
+        hurt(cluster)
+        status = status_of(job, END_SECONDS)
+        assert status not in (0, PREEMPTED_STATUS)
+        assert not (run / DONE).exists() and not (run / PREEMPTED).exists()
+        if hurt is lose_node:
+            cluster.node_up("n2")
+        while left := runs.left_on(cluster):
+            assert time.monotonic() < start + END_SECONDS, left
+            time.sleep(0.5)
+    finally:
+        if hurt is cut_off:
+            cluster.reconnect("n2")

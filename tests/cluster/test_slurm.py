@@ -1,0 +1,136 @@
+"""Jobs of SLURM: to their end, interrupted in every way that SLURM knows, and hurt.
+
+A rank is stopped (SIGSTOP) while SLURM takes its time to interrupt the job; so a short run is long
+enough.
+"""
+
+from __future__ import annotations
+
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import runs
+from tests.cluster.cluster import CONTROLLER, ENDED, MiniCluster, wait_until
+from vqrae_ds.stopping import DONE, PREEMPTED, STOP
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+CLUSTER = {"MC_TIMEOUT": "10", "MC_GRACE": "60", "MC_KILL_WAIT": "40"}
+# A rank dies, and its launcher notices within 1 s; srun ends the others after KillWait at the most.
+END_SECONDS = 90
+# A node is called down after SlurmdTimeout, once in that time; then KillWait and the credential.
+NODE_LOSS_SECONDS = 180
+
+
+def is_there(cluster: MiniCluster, job: str) -> bool:
+    """Whether the job has not ended; to wait in the queue is no end."""
+    return cluster.job(job)["JobState"] not in ENDED
+
+
+def is_free(cluster: MiniCluster) -> bool:
+    """Whether no job has a node, not even one that is ending."""
+    return not cluster.ask(CONTROLLER, "squeue", "-h", "--states=RUNNING,COMPLETING")
+
+
+def finish(cluster: MiniCluster, job: str, folder: Path, run: Path, straight) -> dict[str, str]:
+    """Wait for the job's end; it must be done, with the weights of the straight run."""
+    ended = cluster.wait_for_job(job, seconds=runs.START_SECONDS + 120)
+    assert ended["JobState"] == "COMPLETED", runs.log_of(folder, run)
+    assert (run / DONE).exists() and not (run / PREEMPTED).exists()
+    weights = runs.weights_of(run, folder / f"{run.name}_weights")
+    runs.assert_same(weights, straight)
+    assert not runs.left_on(cluster)
+    return ended
+
+
+def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
+    cluster, folder, straight
+):
+    run = folder / f"run {runs.ODD}"
+    (folder / "env").write_text("export VQRAE_OF_THE_SITE=given\n")
+    env = {"VQRAE_ODD": runs.ODD, "ENV_FILE": str(folder / "env")}
+    job = runs.submit(cluster, folder, run, f"--output={folder}/odd.log", env=env)
+    runs.wait_for_step(run, 1, lambda: is_there(cluster, job))
+    for node in cluster.nodes:
+        theirs = runs.environment_of(cluster, node, runs.rank_of(cluster, node))
+        assert theirs["VQRAE_ODD"] == runs.ODD and theirs["VQRAE_OF_THE_SITE"] == "given"
+    assert finish(cluster, job, folder, run, straight)["Restarts"] == "0"
+
+
+def has_heard(cluster: MiniCluster, run: Path, rank: int) -> bool:
+    """Whether the wish to stop is there: as the file, or as a signal that the rank has or had."""
+    status = cluster.run("n2", "cat", f"/proc/{rank}/status")
+    if (run / STOP).exists() or status.returncode:  # with its TERM SLURM sends a CONT
+        return True
+    waiting = int(status.stdout.partition("ShdPnd:")[2].split()[0], base=16)
+    return bool(waiting >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_job_comes_back_from_every_interruption(cluster, folder, straight):
+    run = folder / "interrupted"
+    job = runs.submit(cluster, folder, run, "--signal=B:USR1@60")
+    interruptions = [
+        ["scancel", "--batch", "--signal=USR1", job],
+        ["scontrol", "update", f"JobId={job}", "TimeLimit=1"],  # less than --signal leaves
+        ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"],
+        ["scontrol", "requeue", job],
+    ]
+    for number, command in enumerate(interruptions):
+        runs.wait_for_step(run, 4 + 10 * number, lambda: is_there(cluster, job))
+        rank, restarts = runs.rank_of(cluster, "n2"), cluster.job(job)["Restarts"]
+        runs.send(cluster, "n2", "STOP", rank)
+        cluster.ask(CONTROLLER, *command)
+        wait_until(f"{command} to be heard of", 120, partial(has_heard, cluster, run, rank))
+        cluster.run("n2", "kill", "-CONT", str(rank))
+        wait_until("a requeue", 120, lambda r=restarts: cluster.job(job)["Restarts"] != r)
+        assert not (run / DONE).exists()
+        if "TimeLimit=1" in command:
+            cluster.ask(CONTROLLER, "scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    assert finish(cluster, job, folder, run, straight)["Restarts"] == "4"
+    log = (folder / "interrupted.log").read_text()
+    assert log.count("asked to stop after step") == 4, "each time with a checkpoint"
+
+
+def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, folder):
+    run = folder / "cancelled"
+    job = runs.submit(cluster, folder, run)
+    runs.wait_for_step(run, 5, lambda: is_there(cluster, job))
+    cluster.ask(CONTROLLER, "scancel", job)
+    wait_until("every process to end", END_SECONDS, lambda: not runs.left_on(cluster))
+    wait_until("nodes that are free", 60, lambda: is_free(cluster))
+    ended = cluster.job(job)
+    assert ended["JobState"] == "CANCELLED" and ended["Restarts"] == "0"
+    assert (run / PREEMPTED).exists()
+
+
+def test_a_job_whose_rank_is_killed_fails_and_goes_on_when_it_is_submitted_again(
+    cluster, folder, straight
+):
+    run = folder / "killed"
+    job = runs.submit(cluster, folder, run)
+    runs.wait_for_step(run, 25, lambda: is_there(cluster, job))
+    runs.send(cluster, "n2", "KILL", runs.rank_of(cluster, "n2"))
+    ended = cluster.wait_for_job(job, seconds=END_SECONDS)
+    assert ended["JobState"] == "FAILED" and ended["Restarts"] == "0"
+    assert not (run / DONE).exists() and not (run / PREEMPTED).exists()
+    wait_until("every process to end", 10, lambda: not runs.left_on(cluster))
+    job = runs.submit(cluster, folder, run)
+    finish(cluster, job, folder, run, straight)
+
+
+@pytest.mark.parametrize("loss", ["node_down", "cut_off"])
+def test_a_job_that_loses_a_node_comes_back_when_there_is_one(cluster, folder, straight, loss):
+    run = folder / loss
+    job = runs.submit(cluster, folder, run)
+    runs.wait_for_step(run, 25, lambda: is_there(cluster, job))
+    getattr(cluster, loss)("n2")
+    try:
+        wait_until(
+            "a requeue", NODE_LOSS_SECONDS, lambda: cluster.job(job)["Restarts"] == "1", pause=1
+        )
+    finally:
+        {"node_down": cluster.node_up, "cut_off": cluster.reconnect}[loss]("n2")
+    finish(cluster, job, folder, run, straight)
