@@ -49,10 +49,12 @@ class StopRequest:
     def catch_signals(self) -> None:
         """From here on `SIGNALS` are noted, and end the process no more; a second one is as well.
 
-        Only the main thread may call it.
+        One that was sent before arrives now, where the launcher has blocked them until then
+        (`launching.node`). Only the main thread may call it.
         """
         for number in SIGNALS:
             signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def is_made(self, *, look_for_file: bool) -> bool:
         """Whether there is a reason to stop; one rank is enough to look for the file."""

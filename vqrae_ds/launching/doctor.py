@@ -24,14 +24,17 @@ from vqrae_ds.config import read_run
 from vqrae_ds.launching import checks
 from vqrae_ds.launching.checks import Report
 from vqrae_ds.launching.connections import Connection, NodeLost, Way, connect, probe_text
-from vqrae_ds.launching.hosts import LOCAL, Host, read_hostfile, slurm_hosts
+from vqrae_ds.launching.hostfile import port_of_run
+from vqrae_ds.launching.hosts import Host, read_hostfile
 from vqrae_ds.launching.needs import Needs, needs_of
+from vqrae_ds.launching.slurm import hosts_of_job, port_of_job
 from vqrae_ds.launching.table import SKIPPED, Cell, is_sound, render
 
 # From the start: until every node has given its facts, and until they have read one another's
 # files. A dead host takes 5 s (connections.CONNECT_SECONDS).
 FACTS_BY, SHARED_BY = 7.5, 9.2
 CLOCK_READINGS = 3
+LOCAL_PORT = 29500  # of the `deepspeed` command
 
 EXAMPLE = """\
 example:
@@ -60,8 +63,6 @@ class _Talk(NamedTuple):
 def main() -> None:
     """Parse the command line, examine, print the table; the exit status is the module's."""
     args = _build_parser().parse_intermixed_args()
-    if not 0 < args.master_port < 1 << 16:
-        raise ValueError(f"--master_port {args.master_port} is not a port: 1 to 65535")
     hosts, way = _hosts_of(args)
     config, deepspeed = Path(args.config), Path(args.deepspeed_config)
     run = read_run(
@@ -72,7 +73,10 @@ def main() -> None:
         allowed_keys=args.allow_untested_key,
         check_paths=False,  # the nodes look, where it matters
     )
-    needs = needs_of(run, config, deepspeed, args.overrides, args.master_port)
+    port = args.master_port or _usual_port(way, Path(run.config.run.output_dir))
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"--master_port {port} is not a port: 1 to 65535")
+    needs = needs_of(run, config, deepspeed, args.overrides, port)
     seconds = args.bandwidth_seconds if args.bandwidth else None
     found = asyncio.run(examine(hosts, way, needs, args.master_addr, seconds))
     sys.stdout.write(render([host.name for host in hosts], found.columns) + "\n")
@@ -92,7 +96,7 @@ async def examine(
 ) -> Examination:
     """Ask all nodes at once; with `bandwidth_seconds` an all-reduce follows, which may take them.
 
-    `master_address` is by default the first one of the first node. No node's state is changed but
+    `master_address` is by default that of the launch scripts. No node's state is changed but
     for files in the run's folder, which are removed.
     """
     began = time.monotonic()
@@ -172,11 +176,9 @@ async def _read_tokens(
 
 
 async def _all_reduce(
-    talks: Sequence[_Talk], reports: Sequence[Report], needs: Needs, address: str, seconds: float
+    talks: Sequence[_Talk], reports: Sequence[Report], needs: Needs, master: str, seconds: float
 ) -> list[Report]:
     """The reports, to which each node adds what its rank of an all-reduce found."""
-    own = reports[0].facts.get("address", {}).get("value")  # "hostname" may be missing there
-    master = address or own or reports[0].host.name
     uses_gpus = all(report.facts.get("gpus", {}).get("value") for report in reports)
 
     async def take_part(rank: int) -> Report:
@@ -198,12 +200,19 @@ def _left(deadline: float) -> float:
     return max(0.1, deadline - time.monotonic())
 
 
+def _usual_port(way: Way, run_folder: Path) -> int:
+    """The port that the launch scripts take by themselves."""
+    if way == "srun":
+        return port_of_job(int(os.environ["SLURM_JOB_ID"]))
+    return port_of_run(run_folder) if way == "ssh" else LOCAL_PORT
+
+
 def _hosts_of(args: argparse.Namespace) -> tuple[list[Host], Way]:
     if args.hostfile is not None:
         return read_hostfile(Path(args.hostfile)), "ssh"
     if args.slurm:
-        return slurm_hosts(args.slots), "srun"
-    return [Host(LOCAL, args.slots)], "local"
+        return hosts_of_job(), "srun"
+    return [Host("localhost", args.slots)], "local"
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -219,12 +228,13 @@ def _build_parser() -> argparse.ArgumentParser:
     nodes.add_argument("--slurm", action="store_true", help="the nodes of this job, by srun")
     nodes.add_argument("--local", action="store_true", help="this machine alone")
     add = parser.add_argument
-    add("--slots", type=int, default=0, metavar="N", help="ranks a node, without a hostfile")
+    add("--slots", type=int, default=0, metavar="N", help="ranks, with --local")
     add("--config", required=True, metavar="YAML", help="as for the trainer")
     add("--deepspeed_config", required=True, metavar="JSON", help="as for the trainer")
-    port = os.environ.get("MASTER_PORT") or "29500"
-    add("--master_port", type=int, default=port, metavar="P", help="as for deepspeed (29500)")
-    add("--master_addr", default="", metavar="A", help="as for deepspeed, for --bandwidth")
+    given = {name: os.environ.get(name, "") for name in ("MASTER_PORT", "MASTER_ADDR")}
+    port = given["MASTER_PORT"] or None
+    add("--master_port", type=int, default=port, metavar="P", help="else as the launch scripts")
+    add("--master_addr", default=given["MASTER_ADDR"], metavar="A", help="likewise")
     add("--bandwidth", action="store_true", help="an all-reduce over all nodes; imports torch")
     add("--bandwidth-seconds", type=float, default=60, metavar="S", help="its time limit (60)")
     add("--allow-untested-key", action="append", default=[], metavar="KEY", help="as there")

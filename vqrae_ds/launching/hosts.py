@@ -1,78 +1,52 @@
-"""The nodes of a run: from a hostfile, from SLURM's allocation, or this machine alone."""
+"""Hostfiles: which nodes, and how many ranks on each.
+
+A line is `NAME slots=N`; `#` begins a comment. DeepSpeed's launcher takes a file that is not there
+for a wish to train on this machine alone, and says so in one line among hundreds.
+"""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-LOCAL = "localhost"
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9_][\w.:-]*)\s+slots=(?P<slots>\d+)(\s.*)?")
+# A name goes to pdsh, which would expand brackets and commas, and to ssh, which reads options.
+_LINE = re.compile(r"(?P<name>(?:[\w.-]+@)?\w[\w.-]*)\s+slots=(?P<slots>[1-9]\d*)", re.ASCII)
 
 
 class Host(NamedTuple):
-    """A node, and how many ranks are to run on it; 0 where as many as it has GPUs."""
+    """A node, and the number of ranks on it."""
 
     name: str
     slots: int
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of a hostfile: a line `NAME slots=N` each, `#` begins a comment.
+    """The hosts of a file, in order; the first one has rank 0.
 
-    Stricter than DeepSpeed 0.19.8 (`_parse_hostfile` of launcher/runner.py), which reads
-    `slots=8x` as 8, and without a word starts on one machine where the file is missing. Raises
-    `ValueError` naming the line.
+    Raises `ValueError` with one line where the file is missing or empty, a line means nothing, or
+    a host is there twice.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not text"
-        raise ValueError(
-            f"--hostfile {path}: {reason}; DeepSpeed would start on this machine alone. "
-            "Write a line `NAME slots=GPUS` for each node"
-        ) from error
-    hosts: dict[str, Host] = {}
-    for number, line in enumerate(lines, start=1):
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"hostfile {path} is not a file; a line of one is: NAME slots=8")
+    hosts: list[Host] = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
         match = _LINE.fullmatch(text)
-        where = f"--hostfile {path}: line {number}, {text!r}"
         if match is None:
-            raise ValueError(f"{where}, is not of the form `NAME slots=N`")
-        host = Host(match["name"], int(match["slots"]))
-        if host.slots == 0:
-            raise ValueError(f"{where}, gives no slot to {host.name}: remove the line instead")
-        if host.name in hosts:
-            raise ValueError(f"{where}, names {host.name} a second time: add up its slots")
-        hosts[host.name] = host
+            raise ValueError(f"{path}, line {number}: {text!r} is not of the form: NAME slots=8")
+        if match["name"] in {host.name for host in hosts}:
+            raise ValueError(f"{path}, line {number}: {match['name']} is there twice")
+        hosts.append(Host(match["name"], int(match["slots"])))
     if not hosts:
-        raise ValueError(f"--hostfile {path} names no host: write a line `NAME slots=GPUS` each")
-    return list(hosts.values())
+        raise ValueError(f"hostfile {path} names no host; a line of one is: NAME slots=8")
+    return hosts
 
 
-def slurm_hosts(slots: int) -> list[Host]:
-    """The nodes of the SLURM allocation that this process is in, each with `slots`.
-
-    With 0 it is SLURM_NTASKS_PER_NODE if the job has that, else the GPUs of a node. Raises
-    `ValueError` outside an allocation.
-    """
-    nodes = os.environ.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        raise ValueError("--slurm: there is no SLURM_JOB_NODELIST here; use it in sbatch or salloc")
-    try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"--slurm: scontrol cannot be run: {error}") from error
-    names = listed.stdout.split()
-    if listed.returncode or not names:
-        raise ValueError(f"--slurm: scontrol show hostnames {nodes}: {listed.stderr.strip()}")
-    given = os.environ.get("SLURM_NTASKS_PER_NODE", "")
-    if slots == 0 and given.isdecimal():
-        slots = int(given)
-    return [Host(name, slots) for name in names]
+def write_hostfile(path: Path, hosts: Sequence[Host]) -> None:
+    """Write what `read_hostfile` and DeepSpeed read."""
+    Path(path).write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from vqrae_ds.config import Run
 from vqrae_ds.config.files import read_recipe
 from vqrae_ds.launching.checkpoint_size import checkpoint_bytes
+from vqrae_ds.launching.orders import forwarded
 
 PACKAGE = "vqrae_ds"
 PACKAGES = ("torch", "deepspeed", "transformers", PACKAGE)
@@ -22,6 +23,7 @@ class Needs(NamedTuple):
 
     folder: str  # that the run is started in
     search: list[str]  # where Python looks for packages before the installed ones
+    environment: dict[str, str]  # that the ranks get
     config: list[str]  # files that every rank reads
     run_folder: str
     data: dict[str, str]  # setting: folder with an index
@@ -36,6 +38,7 @@ class Needs(NamedTuple):
         return {
             "folder": self.folder,
             "search": self.search,
+            "environment": self.environment,
             "package": PACKAGE,
             "packages": PACKAGES,
             "config": self.config,
@@ -64,6 +67,7 @@ def needs_of(run: Run, config: Path, deepspeed: Path, overrides: Sequence[str], 
     return Needs(
         folder=os.getcwd(),
         search=list(dict.fromkeys(map(_absolute, search))),
+        environment=forwarded(os.environ, os.environ.get("VQRAE_FORWARD", "")),
         config=[_absolute(path) for path in files],
         run_folder=_absolute(run.config.run.output_dir),
         data={setting: _absolute(path) for setting, path in data.items() if path is not None},

@@ -78,6 +78,7 @@ def clock(seconds: float) -> float:
 
 def inspect(seconds: float, **details) -> dict:
     """All facts that need no other node. What `details` does not have is not looked for."""
+    os.environ.update(details["environment"])
     # What `python -m` of the run would search: its folder, PYTHONPATH, the installed packages.
     own = [path for path in sys.path if path]
     sys.path[:] = details["search"] + [path for path in own if path not in details["search"]]
