@@ -43,11 +43,13 @@ def judge(reports: Sequence[Report], needs: Needs) -> dict[str, list[Cell]]:
         "gpus": _gpus(reports, needs),
         "port": _cells(reports, "port", _port(needs)),
         "clock": _clocks(reports),
-        "folder": _cells(reports, "run folder", lambda value, _: ok()),
+        "folder": _cells(reports, "run folder", lambda value, _: ok(), needs.run_folder),
         "shared": _shared(reports, needs),
-        "disk": _cells(reports, "disk", _disk(needs)),
+        "disk": _cells(reports, "disk", _disk(needs), needs.run_folder),
     }
-    data = [_cells(reports, setting, _shards(needs.data[setting])) for setting in needs.data]
+    data = [
+        _cells(reports, setting, _shards(folder), folder) for setting, folder in needs.data.items()
+    ]
     columns["data"] = [_worst(cells) for cells in zip(*data, strict=True)]
     columns["weights"] = _cells(reports, "weights", _weights)
     return columns
@@ -68,17 +70,19 @@ def judge_all_reduce(reports: Sequence[Report]) -> list[Cell]:
     return _cells(reports, "all_reduce", judge_one)
 
 
-def _cells(reports: Sequence[Report], fact: str, judge_one: Judge) -> list[Cell]:
-    cells = []
+def _cells(reports: Sequence[Report], fact: str, judge_one: Judge, place: str = "") -> list[Cell]:
+    """A fact judged on each node where it was found out; `place` is the path that it is about."""
+    cells, prefix = [], f"{place}: " if place else ""
     for report in reports:
         found = report.facts.get(fact)
         if found is None:
             cells.append(SKIPPED)
         elif "late" in found:
-            hangs = f"no answer within {found['late']:.1f} s: a file server or a device hangs"
-            cells.append(broken(f"{hangs}; look on the node with `df` and `nvidia-smi`"))
+            hangs = f"{prefix}no answer within {found['late']:.1f} s: a file server or a device"
+            cells.append(broken(f"{hangs} hangs; look on the node with `df` and `nvidia-smi`"))
         elif "error" in found:
-            cells.append(broken(found["error"]))
+            error = found["error"]
+            cells.append(broken(error if place in error else prefix + error))
         else:
             cells.append(judge_one(found["value"], report))
     return cells
@@ -233,7 +237,7 @@ def _shared(reports: Sequence[Report], needs: Needs) -> list[Cell]:
             "written on one is not seen on the other. run.output_dir must be on a shared disk"
         )
 
-    return _cells(reports, "shared", judge_one)
+    return _cells(reports, "shared", judge_one, needs.run_folder)
 
 
 def _disk(needs: Needs) -> Judge:
@@ -284,4 +288,4 @@ def _worst(cells: Sequence[Cell]) -> Cell:
 
 
 def _gigabytes(size: float) -> str:
-    return f"{size / GB:,.0f} GB" if size >= 100 * GB else f"{size / GB:.3g} GB"
+    return f"{size / GB:,.1f} GB" if size >= GB else f"{size / 10**6:,.1f} MB"

@@ -83,7 +83,8 @@ def main() -> None:
     if way == "ssh" and shutil.which("pdsh") is None:
         sys.stdout.write("note: pdsh is not installed here; `deepspeed --hostfile` starts by it\n")
     verdict = "sound" if is_sound(found.columns) else "BROKEN: do not start yet"
-    sys.stdout.write(f"\n{len(hosts)} nodes in {found.seconds:.1f} s: {verdict}\n")
+    nodes = "1 node" if len(hosts) == 1 else f"{len(hosts)} nodes"
+    sys.stdout.write(f"\n{nodes} in {found.seconds:.1f} s: {verdict}\n")
     sys.exit(0 if is_sound(found.columns) else 1)
 
 
@@ -114,10 +115,11 @@ async def examine(
         if bandwidth_seconds is not None and len(hosts) > 1:
             columns["all-reduce"] = [SKIPPED] * len(hosts)
             if checks.can_form_a_group(columns):
-                reports = await _all_reduce(
-                    talks, reports, needs, master_address, bandwidth_seconds
-                )
-                columns["all-reduce"] = checks.judge_all_reduce(reports)
+                # As the launch scripts choose it.
+                own = reports[0].facts["address"].get("value") if way == "ssh" else None
+                master = master_address or own or hosts[0].name
+                found = await _all_reduce(talks, reports, needs, master, bandwidth_seconds)
+                columns["all-reduce"] = checks.judge_all_reduce(found)
     finally:
         await asyncio.gather(*(talk.connection.close() for talk in talks if talk.connection))
     return Examination(columns, time.monotonic() - began)
