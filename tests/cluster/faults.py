@@ -10,7 +10,6 @@ import os
 import pwd
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,9 +65,11 @@ def mounted(cluster: MiniCluster, node: str, folder: Path, mount: str) -> Iterat
 @contextlib.contextmanager
 def hanging(cluster: MiniCluster, node: str, folder: Path) -> Iterator[None]:
     """Whoever looks into `folder` on this node waits for ever."""
-    with _running(cluster, node, _HANG, str(folder)):
-        yield
-    shell(cluster, node, f"umount -l {shlex.quote(str(folder))}")
+    try:
+        with _running(cluster, node, _HANG, str(folder)):
+            yield
+    finally:
+        shell(cluster, node, f"umount -l {shlex.quote(str(folder))}")
 
 
 @contextlib.contextmanager
@@ -124,4 +125,3 @@ def _running(cluster: MiniCluster, node: str, program: str, argument: str) -> It
         for pid in cluster.processes(node, argument):
             cluster.run(node, "kill", "-9", str(pid))
         process.wait(10)
-        time.sleep(0.1)

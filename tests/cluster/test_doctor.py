@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import subprocess
 import sys
 import sysconfig
 import time
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.cluster import faults
-from tests.cluster.cluster import CONTROLLER, MiniCluster
+from tests.cluster.cluster import CONTROLLER, MiniCluster, wait_until
 from tests.cluster.faults import mounted, overlaid, shell
 from tests.config_files import write_files
 from tests.conftest import ROOT
@@ -117,11 +118,9 @@ def on_run_folder(mount: str) -> Callable[[Place], Any]:
 
 def other_host_key(place: Place) -> Any:
     """n2 is known here with the key of another machine."""
-    folder = place.folder
-    if not (folder / "key.pub").exists():
-        shell(place.cluster, CONTROLLER, f"ssh-keygen -q -t ed25519 -N '' -f {folder}/key")
-    (folder / "known").write_text(f"n2 {(folder / 'key.pub').read_text()}")
-    strict = f"StrictHostKeyChecking yes\nUserKnownHostsFile {folder}/known"
+    public = new_key(place).with_suffix(".pub").read_text()
+    (place.folder / "known").write_text(f"n2 {public}")
+    strict = f"StrictHostKeyChecking yes\nUserKnownHostsFile {place.folder}/known"
     return faults.ssh_settings(place.cluster, f"Host n2\n{strict}")
 
 
@@ -131,18 +130,26 @@ def unknown_host_key(place: Place) -> Any:
 
 
 def refused_key(place: Place) -> Any:
-    shell(place.cluster, CONTROLLER, f"test -e {place.folder}/own || ssh-keygen -q -t ed25519 "
-          f"-N '' -f {place.folder}/own")  # fmt: skip
-    own = f"IdentityFile {place.folder}/own\nIdentitiesOnly yes\nUser nobody"
-    return faults.ssh_settings(place.cluster, f"Host n2\n{own}")
+    """n2 does not know this key."""
+    settings = f"IdentityFile {new_key(place)}\nIdentitiesOnly yes\nUser nobody"
+    return faults.ssh_settings(place.cluster, f"Host n2\n{settings}")
+
+
+def new_key(place: Place) -> Path:
+    """A key that nobody knows; the public half is beside it."""
+    path = place.folder / f"key{time.monotonic_ns()}"
+    place.cluster.ask(CONTROLLER, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path)
+    return path
 
 
 @contextlib.contextmanager
 def no_shard(place: Place):
     shard = place.data / "000001.tar"
     kept = shard.rename(place.folder / "kept.tar")
-    yield
-    kept.rename(shard)
+    try:
+        yield
+    finally:
+        kept.rename(shard)
 
 
 @contextlib.contextmanager
@@ -150,8 +157,10 @@ def short_shard(place: Place):
     shard = place.data / "000001.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-512])
-    yield
-    shard.write_bytes(whole)
+    try:
+        yield
+    finally:
+        shard.write_bytes(whole)
 
 
 @contextlib.contextmanager
@@ -306,21 +315,30 @@ def test_a_network_that_loses_everything_is_named(place: Place) -> None:
     assert not place.cluster.processes("n2", "vqrae_ds.launching.all_reduce")
 
 
-def test_slurm(place: Place) -> None:
-    """Inside an allocation, over srun: sound, and with a full disk on one node."""
+def test_in_an_allocation_of_slurm(place: Place) -> None:
+    """Over srun: a sound cluster, a small disk on one node, and a node that is cut off."""
     words = [sys.executable, "-m", "vqrae_ds.launching.doctor", "--slurm"]
     words += ["--config", str(place.folder / "config.yaml")]
     words += ["--deepspeed_config", str(place.folder / "deepspeed.json")]
-    command = ["salloc", "--quiet", "-N2", "--ntasks-per-node=2", *words]
+    ready, begin = place.folder / "ready", place.folder / "begin"
+    script = f"touch {ready}; while [ ! -e {begin} ]; do sleep 0.1; done; time {shlex.join(words)}"
     settings = {"DS_ACCELERATOR": "cpu", "RANKS_PER_NODE": "2"}
-    done = place.cluster.run(CONTROLLER, *command, env=settings)
-    assert done.returncode == 0, done
-    with mounted(
-        place.cluster,
-        "n2",
-        place.run_folder,
-        f"mount -t tmpfs -o size=64k none {place.run_folder}",
-    ):
-        done = place.cluster.run(CONTROLLER, *command, env=settings)
-    assert done.returncode == 1, done
-    assert re.search("^n2  disk: ", done.stdout, re.MULTILINE), done
+    small = f"mount -t tmpfs -o size=64k none {place.run_folder}"
+    cases = [
+        (contextlib.nullcontext(), 0, "^n2 +ok"),
+        (mounted(place.cluster, "n2", place.run_folder, small), 1, "^n2  disk: "),
+        (faults.cut_off(place.cluster, "n2"), 1, "^n2  reachable: no answer within"),
+    ]
+    for fault, status, line in cases:
+        for path in (ready, begin):
+            path.unlink(missing_ok=True)
+        command = ["salloc", "--quiet", "-N2", "bash", "-c", script]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with place.cluster.start(CONTROLLER, command, env=settings, **pipes) as job:
+            wait_until("the allocation", 30, ready.exists)
+            with fault:
+                begin.touch()
+                output, errors = job.communicate(timeout=60)
+        assert job.returncode == status, output + errors
+        assert re.search(line, output, re.MULTILINE), output + errors
+        assert float(re.search(r"real\s0m([\d.]+)s", errors)[1]) < SECONDS, errors

@@ -13,6 +13,7 @@ from vqrae_ds.launching.table import SKIPPED, Cell, broken, note, ok
 GB = 10**9
 MAX_SKEW_SECONDS = 5.0
 NAMED = 3  # of many files that are missing
+_NETWORK = "look at firewalls, routes, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
 _FOR_A_GROUP = ("reachable", "python", "packages", "code", "port")
 
 
@@ -62,12 +63,16 @@ def can_form_a_group(columns: Mapping[str, Sequence[Cell]]) -> bool:
 
 def judge_all_reduce(reports: Sequence[Report]) -> list[Cell]:
     """The column of the all-reduce; its facts are called "all_reduce"."""
-
-    def judge_one(value: Any, _: Report) -> Cell:
-        speed = value["bytes_per_second"] / GB
-        return ok(f"{speed:.2f} GB/s {value['backend']} {value['interface']}")
-
-    return _cells(reports, "all_reduce", judge_one)
+    cells = []
+    for found in (report.facts["all_reduce"] for report in reports):
+        if "value" in found:
+            value = found["value"]
+            speed = f"{value['bytes_per_second'] / GB:.2f} GB/s"
+            cells.append(ok(f"{speed} {value['backend']} {value['interface']}"))
+        else:
+            error = found.get("error") or f"no end within {found['late']:.0f} s"
+            cells.append(broken(f"{error.removeprefix('RuntimeError: ')} ({_NETWORK})"))
+    return cells
 
 
 def _cells(reports: Sequence[Report], fact: str, judge_one: Judge, place: str = "") -> list[Cell]:

@@ -96,6 +96,7 @@ class Connection:
         except asyncio.TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+            await self._process.wait()
         self._errors.cancel()
 
     async def _send(self, message: Any) -> None:
@@ -114,9 +115,9 @@ class Connection:
             said = (await asyncio.wait_for(asyncio.shield(self._errors), 0.2)).decode()
             status = await asyncio.wait_for(self._process.wait(), 0.2)
         except asyncio.TimeoutError:
+            silent = "SLURM starts nothing there" if self._way == "srun" else "a home folder hangs"
             return (
-                f"no answer within {seconds:.1f} s, though the connection stands: a home folder or "
-                "an environment on a file server that hangs, or a node under great load"
+                f"no answer within {seconds:.1f} s: dead or cut off, {silent}, or under great load"
             )
         return explain_failure(self.host, self._way, status, said)
 
