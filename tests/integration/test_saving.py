@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,10 +129,14 @@ def look_at(checkpoints: Path) -> dict[str, Any]:
                 damage[step] = manifest.find_damage(folder, manifest.read_manifest(folder))
             except ValueError as error:
                 damage[step] = [str(error)]
+    partial = [step for step in steps if step not in damage]
+    deadline = time.monotonic() + 2  # the manifest of one that is removed is the first to go
+    while time.monotonic() < deadline and sum(steps[step].exists() for step in partial) > 1:
+        time.sleep(0.02)
     there = {step for step in damage if (steps[step] / manifest.MANIFEST_NAME).exists()}
     return {
         "complete": sorted(there),
-        "partial": sorted(s for s in steps.keys() - damage.keys() if steps[s].exists()),
+        "partial": sorted(step for step in partial if steps[step].exists()),
         "damage": sum((damage[step] for step in there), []),
     }
 

@@ -6,6 +6,9 @@
     rank        a rank that was started over ssh, and gets arguments and environment from a file
     guardian    on each node of a hostfile: ends what is left there when the job is over or silent
     hosts, orders, run_folder    files that these need
+    doctor      examines all nodes before a run: over connections it asks a probe on each, what it
+                needs is in needs and checkpoint_size, what it finds in checks and table
+    all_reduce  a rank of the doctor's measurement of the network
 
 The trainer itself knows nothing of this: it is told by signals or by a file to stop, and says by a
 marker how it has ended (`stopping`).

@@ -82,6 +82,11 @@ def main() -> None:
     sys.exit(_exit_status(marker, status))
 
 
+def port_of_run(folder: Path) -> int:
+    """A port for the ranks' rendezvous: runs that share a node seldom share it."""
+    return FIRST_PORT + zlib.crc32(str(Path(folder).absolute()).encode()) % NUM_PORTS
+
+
 def _exit_status(marker: str | None, status: int) -> int:
     """That of the job, by the marker: DeepSpeed's launcher ends with 0 when a signal ended it."""
     if marker == DONE:
@@ -110,12 +115,10 @@ def _launch(folder: RunFolder, hosts: Sequence[Host]) -> subprocess.Popen:
     environment = {n: v for n, v in os.environ.items() if not n.startswith(FORWARDED_BY_DEEPSPEED)}
     environment["DS_ENV_FILE"] = str(folder.launch / "deepspeed.env")
     environment["PDSH_SSH_ARGS_APPEND"] = f"{ssh} {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
-    # By default a port by the run's folder: runs that share a node seldom share it.
-    port = FIRST_PORT + zlib.crc32(str(folder.path).encode()) % NUM_PORTS
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += ["--hostfile", str(folder.launch / "hosts"), "--no_ssh_check", "--force_multi"]
     command += ["--master_addr", os.environ.get("MASTER_ADDR") or _address(hosts[0])]
-    command += ["--master_port", os.environ.get("MASTER_PORT") or str(port)]
+    command += ["--master_port", os.environ.get("MASTER_PORT") or str(port_of_run(folder.path))]
     command += ["--module", "vqrae_ds.launching.rank"]
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

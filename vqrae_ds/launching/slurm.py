@@ -44,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     arguments = trainer_arguments(args.config, args.deepspeed_config, args.others)
 
-    hosts = _hosts_of_job()
+    hosts = hosts_of_job()
     run = check_run(arguments, sum(host.slots for host in hosts))
     folder = RunFolder(Path(run.config.run.output_dir))
     folder.turn_signals_into_stop()
@@ -64,6 +64,25 @@ def main() -> None:
 def port_of_job(job: int) -> int:
     """A port for the ranks' rendezvous, so that jobs that share a node seldom share it."""
     return FIRST_PORT + job % NUM_PORTS
+
+
+def hosts_of_job() -> list[Host]:
+    """The nodes of this allocation, and the ranks on each, RANKS_PER_NODE or its GPUs.
+
+    Raises `ValueError` outside an allocation, and where the number of ranks is not known.
+    """
+    slots = os.environ.get("RANKS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE") or ""
+    if not slots.isdecimal() or int(slots) == 0:
+        raise ValueError(
+            f"{slots!r} is not a number of ranks: set RANKS_PER_NODE, or ask SLURM for GPUs"
+        )
+    nodes = subprocess.run(
+        ["scontrol", "show", "hostnames", _of_slurm("SLURM_JOB_NODELIST")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return [Host(name, int(slots)) for name in nodes.stdout.split()]
 
 
 def _end(folder: RunFolder, job: int, status: int) -> int:
@@ -98,21 +117,6 @@ def _state_of(job: int) -> str:
     show = ["scontrol", "show", "job", str(job), "--oneliner"]
     text = subprocess.run(show, check=True, capture_output=True, text=True).stdout
     return text.partition("JobState=")[2].split()[0]
-
-
-def _hosts_of_job() -> list[Host]:
-    slots = os.environ.get("RANKS_PER_NODE") or os.environ.get("SLURM_GPUS_ON_NODE") or ""
-    if not slots.isdecimal() or int(slots) == 0:
-        raise ValueError(
-            f"{slots!r} is not a number of ranks: set RANKS_PER_NODE, or ask SLURM for GPUs"
-        )
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", _of_slurm("SLURM_JOB_NODELIST")],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return [Host(name, int(slots)) for name in nodes.stdout.split()]
 
 
 def _srun(hosts: list[Host], folder: RunFolder, port: int, arguments: list[str]) -> list[str]:

@@ -1,0 +1,80 @@
+"""The size of a checkpoint by formula: against the planner, and against real checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.distributed import run_ranks
+from tests.tiny import ENCODER, GAN, MODEL, make_rank_folders, make_run, make_setup, random_images
+from vqrae_ds.config import DecoderConfig, ModelConfig, read_run
+from vqrae_ds.launching.checkpoint_size import Counts, checkpoint_bytes, count_parameters
+from vqrae_ds.models.vqrae import VQRAE
+from vqrae_ds.planning import plan
+
+RECIPES = sorted((ROOT / "ds_configs").rglob("*.yaml"))
+BF16 = {"bf16": {"enabled": True}}
+ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
+# Wide enough that DeepSpeed's own files and the pickles' words do not count.
+WIDE = {"hidden_size": 256, "num_heads": 4, "intermediate_size": 1024, "num_layers": 4}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_counts_of_every_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    stage = 2 if "stage2" in recipe.name else 1
+    kind = "cpu" if recipe.parent.name == "tiny" else "zero3"
+    json_path = ROOT / f"ds_configs/stage{stage}_{kind}.json"
+    run = read_run(recipe, json_path, world_size=2, check_paths=False)
+    exact: Counter[str] = Counter()
+    for part in plan(run).parts:
+        if part.engine == "discriminator":
+            exact["discriminator"] += part.count
+        elif part.name not in ("LPIPS", "ConvNeXt-S"):  # in no checkpoint
+            exact[part.kind] += part.count
+    counts = count_parameters(run)._asdict()
+    for kind in Counts._fields:
+        assert counts[kind] == pytest.approx(exact[kind], rel=0.01), kind
+
+
+def save_checkpoints(rank: int, folder: Path) -> None:
+    """A checkpoint of each kind on one real rank, held against the formula."""
+    from vqrae_ds import checkpoint
+
+    wide = ModelConfig(encoder_config=ENCODER, decoder=DecoderConfig(**WIDE), **MODEL)
+    VQRAE(config=wide).save_pretrained(folder / "wide")
+    cases = [
+        {"stage": 1, "losses": {"perceptual": None, "adversarial": GAN}, "ema": {"decay": 0.9}},
+        {"stage": 2, "losses": {"perceptual": None}, "deepspeed": BF16},
+        {
+            "stage": 1,
+            "losses": {"perceptual": None, "adversarial": None},
+            "deepspeed": {**BF16, "zero_optimization": {"stage": 2}},
+        },
+    ]
+    for case in cases:
+        deepspeed = {**ADAMW, **case.pop("deepspeed", {})}
+        options = {"model": {"decoder": WIDE}, "init": {"model": str(folder / "wide")}, **case}
+        run = make_run(folder, deepspeed=deepspeed, world_size=1, **options)
+        setup = make_setup(run)
+        for _ in range(run.schedule.batch.accumulation):  # moments are there from a step on
+            output = setup.generator(random_images()).vqrae
+            setup.generator.backward(output.patches_BhwP.mean() + output.vq_loss)
+            setup.generator.step()
+        state = checkpoint.TrainState(1, 4)
+        saved = checkpoint.save(run, setup.generator, setup.discriminator, state, ema=setup.ema)
+        files = json.loads((saved / "manifest.json").read_text())["files"]
+        size = sum(file["size"] for file in files.values())
+        assert size == pytest.approx(checkpoint_bytes(run), rel=0.03), case
+        shutil.rmtree(saved)
+
+
+@pytest.mark.slow
+def test_real_checkpoints(tmp_path: Path) -> None:
+    make_rank_folders(tmp_path, 1)
+    run_ranks(1, save_checkpoints, tmp_path / "rank0")

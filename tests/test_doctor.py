@@ -1,0 +1,224 @@
+"""The doctor on this machine: its exit statuses, its table, what it says of a connection."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.config_files import write_files
+from tests.conftest import ROOT, run_python
+from vqrae_ds.config import read_run
+from vqrae_ds.data.index import find_images, write_shards
+from vqrae_ds.launching.checks import Report, judge
+from vqrae_ds.launching.connections import command_for, explain_failure
+from vqrae_ds.launching.hosts import Host
+from vqrae_ds.launching.needs import Needs, needs_of
+from vqrae_ds.launching.table import broken, is_sound, note, ok, render
+
+PHOTOGRAPHS = ROOT / "tests/data/photos"
+
+
+@pytest.fixture
+def run_files(tmp_path: Path) -> Path:
+    """A folder with all that a run needs."""
+    write_shards(
+        find_images(PHOTOGRAPHS), tmp_path / "shards", samples_per_shard=20, root=PHOTOGRAPHS
+    )
+    (tmp_path / "lpips.safetensors").write_bytes(b"not looked into")
+    weights = f"losses.perceptual.weights={tmp_path}/lpips.safetensors"
+    write_files(tmp_path, f"data.train={tmp_path}/shards", weights)
+    return tmp_path
+
+
+def doctor(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    files = ("--config", f"{folder}/config.yaml", "--deepspeed_config", f"{folder}/deepspeed.json")
+    return run_python("-m", "vqrae_ds.launching.doctor", *files, *arguments)
+
+
+def test_a_sound_machine(run_files: Path) -> None:
+    done = doctor(run_files, "--local")
+    assert done.returncode == 0, done.stdout + done.stderr
+    head, row = done.stdout.splitlines()[:2]
+    assert head.split()[:5] == ["node", "reachable", "python", "packages", "code"]
+    assert row.startswith("localhost  ok")
+    assert not (run_files / "out").exists(), "the run's folder was made for the check alone"
+
+
+def test_faults_are_named_below_the_table(run_files: Path) -> None:
+    (run_files / "shards" / "000001.tar").unlink()
+    (run_files / "lpips.safetensors").unlink()
+    done = doctor(run_files, "--local", f"init.encoder_weights={run_files}/nowhere")
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = dict(
+        line.removeprefix("localhost  ").split(": ", 1)
+        for line in done.stdout.splitlines()
+        if line.startswith("localhost  ") and ": " in line
+    )
+    assert set(found) == {"data", "weights"}
+    assert f"{run_files}/shards/000001.tar is missing" in found["data"]
+    assert f"init.encoder_weights: {run_files}/nowhere is not there" in found["weights"]
+    assert f"losses.perceptual.weights: {run_files}/lpips.safetensors is not" in found["weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --hostfile --slurm --local is required"),
+        (["--local", "--slurm"], "not allowed with argument"),
+        (["--hostfile", "nowhere"], "hostfile nowhere is not a file"),
+        (["--local", "run.total_step=1"], "run.total_steps"),
+        (["--local", "--master_port", "70000"], "--master_port 70000 is not a port"),
+    ],
+)
+def test_mistakes_are_one_line(run_files: Path, arguments: list[str], message: str) -> None:
+    done = doctor(run_files, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_no_torch_is_imported() -> None:
+    listed = "import sys, vqrae_ds.launching.doctor; print(*sys.modules)"
+    modules = run_python("-c", listed).stdout.split()
+    assert "vqrae_ds.launching.checks" in modules
+    assert not {"torch", "deepspeed", "transformers", "numpy"} & set(modules)
+
+
+def test_a_table() -> None:
+    columns = {
+        "port": [ok("29500"), ok("29500"), ok("29500")],
+        "disk": [broken("full:\n make room"), broken("full: make room"), ok()],
+        "gpus": [ok("8"), ok("8"), note("4/8", "4 of its GPUs get no rank")],
+    }
+    assert not is_sound(columns)
+    assert is_sound({"gpus": columns["gpus"]})
+    assert render(["n1", "n2", "n3"], columns) == (
+        "node  port   disk    gpus\n"
+        "n1    29500  BROKEN  8\n"
+        "n2    29500  BROKEN  8\n"
+        "n3    29500  ok      4/8\n"
+        "\n"
+        "note: n3  gpus: 4 of its GPUs get no rank\n"
+        "n1, n2  disk: full: make room"
+    )
+    many = [f"n{i}" for i in range(9)]
+    assert render(many, {"disk": [broken("full")] * 9}).endswith(
+        "n0, n1, n2 and 6 more  disk: full"
+    )
+
+
+def test_the_remote_shell_gets_one_word_for_one(tmp_path: Path) -> None:
+    """What ssh joins with blanks comes apart again as it was."""
+    command = command_for("n1", "ssh")
+    assert command[-2] == "n1" and command[-3] == "--"
+    assert "BatchMode=yes" in command and "ConnectTimeout=5" in command
+    assert shlex.split(command[-1]) == command_for("n1", "local")
+    assert command_for("n1", "srun")[-4:] == command_for("n1", "local")
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "meaning"),
+    [
+        ("Host key verification failed.", 255, "not known here"),
+        ("@@@@\n@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\n"
+         "Host key verification failed.", 255, "another than the one in known_hosts"),
+        ("root@n1: Permission denied (publickey).", 255, "refuses our key"),
+        ("ssh: Could not resolve hostname n1: Name or service not known", 255, "no address"),
+        ("ssh: connect to host n1 port 22: Connection refused", 255, "start sshd"),
+        ("ssh: connect to host n1 port 22: Connection timed out", 255, "dead or cut off"),
+        ("ssh: connect to host n1 port 22: No route to host", 255, "dead or cut off"),
+        ("bash: line 1: /x/python: No such file or directory", 127, "Install the environment"),
+        ("kex_exchange_identification: Connection reset", 255, "kex_exchange_identification"),
+        ("", 1, "exit status 1"),
+    ],
+)  # fmt: skip
+def test_what_ssh_says_is_explained(said: str, status: int, meaning: str) -> None:
+    line = explain_failure("n1", "ssh", status, said)
+    assert meaning in line and "\n" not in line
+
+
+def test_what_a_run_needs(run_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_TOKEN", "secret")
+    (run_files / "late.yaml").write_text("base: config.yaml\nrun: {seed: 1}\n")
+    needs = needs_for(
+        run_files, "late.yaml", "data.validation=val", "losses.perceptual.weights=null"
+    )
+    names = {Path(path).name for path in needs.config}
+    assert names == {"late.yaml", "config.yaml", "deepspeed.json"} | {"config.json"}
+    assert all(Path(path).is_absolute() for path in [*needs.config, *needs.data.values()])
+    assert needs.data["data.validation"] == str(Path("val").absolute())
+    assert [(w["path"], w["cached"]) for w in needs.weights] == [(None, "vgg16-397923af.pth")]
+    assert "secret" not in json.dumps(needs.details(0, 1, "token"))
+    assert needs.details(0, 2, "")["port"] == 29500 and needs.details(1, 2, "")["port"] is None
+
+
+def needs_for(folder: Path, config: str, *overrides: str) -> Needs:
+    files = (folder / config, folder / "deepspeed.json")
+    run = read_run(*files, overrides=overrides, check_paths=False)
+    return needs_of(run, *files, overrides, 29500)
+
+
+def test_the_majority_is_right(run_files: Path) -> None:
+    """Of three nodes the first has another torch, the last too few GPUs and a clock behind."""
+    needs = needs_for(run_files, "config.yaml")._replace(uses_gpus=True)
+    reports = [report(f"n{i}", torch="2.9" if i == 1 else "2.10", gpus=9 - i) for i in (1, 2, 3)]
+    reports[2] = reports[2]._replace(ahead=-7.5, host=Host("n3", 8))
+    columns = judge(reports, needs)
+    broken_cells = {
+        (node, name): cell.detail
+        for name, cells in columns.items()
+        for node, cell in enumerate(cells, start=1)
+        if cell.state == "broken"
+    }
+    assert set(broken_cells) == {(1, "packages"), (3, "gpus"), (3, "clock")}
+    assert broken_cells[1, "packages"].startswith("torch 2.9, but 2.10 on n2")
+    assert broken_cells[3, "gpus"].startswith("8 slots, but 6 GPUs")
+    assert broken_cells[3, "clock"].startswith("its clock is 7.5 s behind that of n1")
+
+
+def test_disk_for_what_is_still_to_come(run_files: Path) -> None:
+    """keep_last = 3 means four while the newest is written; those that are there take no more."""
+    needs = needs_for(run_files, "config.yaml")._replace(checkpoint_bytes=10 * 10**9, keep_last=3)
+
+    def state(free: float, checkpoints: int, size: float | None) -> str:
+        disk = {"free": free * 1e9, "checkpoints": checkpoints, "size": size and size * 1e9}
+        facts = report("n1").facts | {"disk": {"value": disk}}
+        return judge([report("n1")._replace(facts=facts)], needs)["disk"][0].state
+
+    assert [state(39.9, 0, None), state(40, 0, None)] == ["broken", "ok"]
+    assert [state(19.9, 2, 10), state(20, 2, 10)] == ["broken", "ok"]
+    assert [state(10, 5, 12), state(12, 5, 12)] == ["broken", "ok"]
+
+
+def report(name: str, torch: str = "2.10", gpus: int = 8) -> Report:
+    """What the probe says of a node on which all is well."""
+    facts = {
+        "python": "3.11.7",
+        "packages": {"torch": torch, "vqrae_ds": None},
+        "code": {"folder": "/x/vqrae_ds", "digest": "d"},
+        "config": {},
+        "gpus": gpus,
+        "run folder": True,
+        "disk": {"free": 1e15, "checkpoints": 0, "size": None},
+        "weights": [],
+        "data.train": {"shards": 1, "mine": 1, "checked": 1, "missing": [], "resized": []},
+    }
+    return Report(Host(name, 2), {fact: {"value": value} for fact, value in facts.items()})
+
+
+def test_the_script(run_files: Path) -> None:
+    began = time.monotonic()
+    done = subprocess.run(
+        [ROOT / "launchers/doctor", "--help"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "--hostfile" in done.stdout, done.stderr
+    assert time.monotonic() - began < 10
