@@ -16,6 +16,7 @@ ENV_FILE=${ENV_FILE:-}                           # sourced first: modules, NCCL_
 export VQRAE_FORWARD=${VQRAE_FORWARD:-}          # more variables for the ranks: A,B_ (orders.py has the list)
 export MASTER_ADDR=${MASTER_ADDR:-}              # of the first node; else the first that `hostname -I` says
 export MASTER_PORT=${MASTER_PORT:-}              # else one by the run's folder
+DOCTOR=${DOCTOR:-yes}                            # no: do not look at the nodes first
 export VQRAE_SILENCE_SECONDS=${SILENCE:-60}      # a node that does not answer for so long is lost
 export VQRAE_GRACE_SECONDS=${GRACE:-60}          # how long other nodes may go on after one has ended
 
@@ -23,4 +24,7 @@ cd "$PROJECT"
 # shellcheck disable=SC1090
 [[ -z $ENV_FILE ]] || source "$ENV_FILE"
 export PATH="$(dirname "$PYTHON"):$PATH"         # DeepSpeed looks for ninja there
+if [[ $DOCTOR != no && $# -ge 3 ]]; then         # a broken node is named before anything starts
+    "$PYTHON" -m vqrae_ds.launching.doctor --hostfile "$1" --config "$2" --deepspeed_config "$3" "${@:4}"
+fi
 exec "$PYTHON" -m vqrae_ds.launching.hostfile "$@"
