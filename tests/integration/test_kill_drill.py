@@ -1,0 +1,118 @@
+"""Ranks killed at random moments of a run that saves at every second step: nothing is lost by it.
+
+A few kills by default; VQRAE_KILL_DRILL=100 makes it a hundred, VQRAE_KILL_SEED other moments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+from tests.integration.test_endings import ranks_of
+from tests.launching import command, environment, make_inputs, train, write_configs
+from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
+from vqrae_ds.evaluation.summary import read_metrics
+from vqrae_ds.manifest import complete_steps, find_damage, find_step_folder, read_manifest
+from vqrae_ds.stopping import DONE
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("VQRAE_KILL_DRILL", "4"))
+SEED = int(os.environ.get("VQRAE_KILL_SEED", "0"))
+SAVE_EVERY, STEPS = 2, 14 + 12 * KILLS  # the GAN begins at 10
+START_SECONDS, END_SECONDS = 180, 120  # in which a start makes a step, and a job is over
+LONGEST_SECONDS = 3.0  # from the first step of a start to the kill: several saves
+
+
+def settings(run: Path) -> list[str]:
+    return [
+        f"run.output_dir={run}",
+        f"run.total_steps={STEPS}",
+        f"checkpoint.every_steps={SAVE_EVERY}",
+        "data.validation=null",
+        "ema.decay=0.9",
+    ]
+
+
+def last_step(run: Path) -> int:
+    """The last step that was logged; a line that was cut short by a kill does not count."""
+    with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
+        return read_metrics(run)[-1]["step"]
+    return 0
+
+
+def kill_somewhere(folder: Path, run: Path, moments: random.Random) -> bool:
+    """Start the run and kill one rank of it, or all; false where it came to its end before."""
+    before = last_step(run)
+    log_path = folder / "drill.log"
+    with open(log_path, "w") as log:
+        launcher = subprocess.Popen(
+            command(folder, 1, *settings(run)),
+            env=environment(),
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    every: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while launcher.poll() is None and last_step(run) in (0, before):
+            assert time.monotonic() < deadline, f"no step was made: {log_path.read_text()[-3000:]}"
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, LONGEST_SECONDS))
+        if launcher.poll() is not None:
+            return False
+        every = psutil.Process(launcher.pid).children(recursive=True)
+        ranks = ranks_of(launcher)
+        for rank in ranks if moments.random() < 0.5 else [moments.choice(ranks or [None])]:
+            with contextlib.suppress(psutil.NoSuchProcess, AttributeError):
+                rank.send_signal(signal.SIGKILL)
+        launcher.wait(timeout=END_SECONDS)
+        _, alive = psutil.wait_procs(every, timeout=20)
+        assert not alive, "no process outlives the job"
+        return True
+    finally:
+        for process in every:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_path, lpips_weights):
+    make_inputs(tmp_path)
+    write_configs(tmp_path, lpips_weights)
+    straight, run = tmp_path / "straight", tmp_path / "killed"
+    train(tmp_path, 1, *settings(straight))
+    moments, kills = random.Random(SEED), 0
+    while kills < KILLS and kill_somewhere(tmp_path, run, moments):
+        kills += 1
+        saved = 0  # a kill may come before the first checkpoint
+        for folder in complete_steps(run / "checkpoints")[:1]:
+            saved = read_manifest(folder).step
+            assert find_damage(folder, read_manifest(folder)) == []
+        assert last_step(run) - saved <= SAVE_EVERY, "one interval at most is lost"
+    assert kills >= min(KILLS, 3), f"the run was over after {kills} kills"
+    train(tmp_path, 1, *settings(run))
+    assert (run / DONE).exists()
+
+    ours, theirs = find_step_folder(run), find_step_folder(straight)
+    assert read_manifest(ours).step == read_manifest(theirs).step == STEPS
+    for engine in ("generator", "discriminator"):
+        for averages in (False, True) if engine == "generator" else (False,):
+            mine = ZeroCheckpoint(ours / engine, averages=averages)
+            other = ZeroCheckpoint(theirs / engine, averages=averages)
+            assert mine.names() == other.names()
+            for name in other.names():
+                assert mine.read(name).equal(other.read(name)), name
