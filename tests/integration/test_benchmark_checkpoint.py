@@ -28,7 +28,7 @@ def test_each_kind_of_save_was_timed_and_nothing_stays(tmp_path):
         assert row.ours > 0 and row.peer > 0
         kind = "two_steps" if row.metric == "stall_two_steps" else "direct"
         assert row.ours == pytest.approx(quartiles[kind][1], abs=1e-4)
-    # 25 M trained parameters in fp32 with two moments each, and as many frozen ones.
-    assert 350 < report.details["megabytes"] < 450
+    # 25 M trained parameters in fp32 with two moments each; as many frozen ones are written once.
+    assert 290 < report.details["megabytes"] < 330
     assert report.details["seconds_until_published"] > quartiles["two_steps"][0]
     assert not list(folder.iterdir()) and not list(local.iterdir())

@@ -7,7 +7,8 @@ left to the operating system is written out before the next one, off the clock, 
 trainer's threads publish, which a run does beside its steps.
 
 DeepSpeed alone writes neither averages nor random states, computes no checksum, and leaves its
-files to the operating system: a power cut may take a checkpoint that it has said to be written.
+files to the operating system: a power cut may take a checkpoint that it has said to be written. It
+writes the frozen encoder every time, the trainer once a run.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def _measure_rank(
     for batch in islice(setup.batches, STEPS):
         images_B3HW = batch.images_B3HW.to(setup.ranks.device)
         bare_loop.gan_step(setup.generator, setup.discriminator, images_B3HW)
-    content = Content(setup.generator, setup.discriminator, TrainState(STEPS))
+    reached = TrainState(STEPS)
+    content = Content(setup.generator, setup.discriminator, reached, pretrained=setup.pretrained)
     direct, in_two_steps = Saver(run), Saver(_with_local_dir(run, local))
     theirs, ours = folder / "deepspeed", Path(run.config.run.output_dir) / "checkpoints"
 
