@@ -45,6 +45,12 @@ def main() -> None:
         metavar="N",
         help="timed blocks of each loop (default: %(default)s)",
     )
+    step.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="N",
+        help="images a rank and step: how long a step is (default: 8 on CPUs, 64 on GPUs)",
+    )
     checkpoint = names.add_parser("checkpoint", **help_of_all)
     checkpoint.add_argument(
         "--rounds",
@@ -91,13 +97,15 @@ def main() -> None:
 
 def run_step(args: argparse.Namespace) -> Report:
     """The benchmark `step`."""
+    if args.micro_batch is not None and args.micro_batch < 1:
+        raise ValueError(f"--micro-batch {args.micro_batch} is no number of images: 1 or more")
     if args.pairs < 2:
         raise ValueError(f"--pairs {args.pairs} has no spread: 2 or more")
     from vqrae_ds.benchmarks.step import Trainer, measure_step
     from vqrae_ds.preparation import prepare
     from vqrae_ds.train import train
 
-    return measure_step(Trainer(prepare, train), args.cases, args.pairs)
+    return measure_step(Trainer(prepare, train), args.cases, args.pairs, args.micro_batch)
 
 
 def run_checkpoint(args: argparse.Namespace) -> Report:

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from vqrae_ds.benchmarks import bare_loop
 from vqrae_ds.benchmarks.counting import Counts, counted, extra
 from vqrae_ds.benchmarks.launch import Machine, choose_machine, run_ranks
-from vqrae_ds.benchmarks.step_runs import LOSSES, Case, write_run
+from vqrae_ds.benchmarks.step_runs import LOSSES, SIZES, Case, Size, write_run
 from vqrae_ds.benchmarks.table import Report, Row, describe_machine
 
 if TYPE_CHECKING:
@@ -73,27 +73,37 @@ class Found(NamedTuple):
     bare_blocks: list[Seconds]  # one more: a block of ours lies between two of these
 
 
-def measure_step(trainer: Trainer, cases: Sequence[Case] = CASES, pairs: int = 100) -> Report:
+def measure_step(
+    trainer: Trainer,
+    cases: Sequence[Case] = CASES,
+    pairs: int = 100,
+    micro_batch: int | None = None,
+) -> Report:
     """Run each case in ranks of its own; `pairs` is the number of timed blocks of ours, 2 or more.
 
+    Without `micro_batch`, images a rank and step, it is that of `step_runs.SIZES`.
     Raises `torch.multiprocessing.ProcessRaisedException` where a rank fails.
     """
     machine = choose_machine()
+    size = SIZES[machine.device_type]
+    size = size._replace(micro_batch=micro_batch or size.micro_batch)
     rows: list[Row] = []
     details = {}
     for case in cases:
-        every_rank = _measure_case(trainer, case, machine, pairs)
+        every_rank = _measure_case(trainer, case, machine, size, pairs)
         rows += _rows(case, every_rank)
         details[case] = _details(every_rank[0])
     described = f"{machine.num_ranks} ranks on {describe_machine(machine.device_type)}"
     return Report("step", described, rows, details)
 
 
-def _measure_case(trainer: Trainer, case: Case, machine: Machine, pairs: int) -> list[Found]:
+def _measure_case(
+    trainer: Trainer, case: Case, machine: Machine, size: Size, pairs: int
+) -> list[Found]:
     total_steps = WARM_UP_STEPS + COUNTED_STEPS + pairs * BLOCK_STEPS + 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run = write_run(folder, case, machine, total_steps)
+        run = write_run(folder, case, machine, total_steps, size)
         run_ranks(machine, _measure_rank, trainer, run, case, pairs, folder)
         files = [folder / f"found{rank}.pickle" for rank in range(machine.num_ranks)]
         return [pickle.loads(file.read_bytes()) for file in files]
