@@ -95,13 +95,14 @@ def _end(folder: RunFolder, job: int, status: int) -> int:
     if marker != PREEMPTED:
         return status if 0 < status < 128 and status != PREEMPTED_STATUS else 1
     state = _state_of(job)
-    if state.startswith("CANCELLED"):  # SLURM would put it back into the queue all the same
-        logger.info("cancelled: the job is not requeued")
+    if state != "RUNNING":
+        # SLURM has ended the job: it was cancelled, and would come back if it were asked for. Or
+        # SLURM has put it into the queue itself.
+        logger.info("not requeued from here: SLURM calls the job %s", state)
         return PREEMPTED_STATUS
     requeue = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True)
-    if requeue.returncode:
-        # SLURM itself has requeued it, or it may not be (Requeue=0).
-        logger.warning("%s: %s", state, requeue.stderr.strip())
+    if requeue.returncode:  # with Requeue=0, for example
+        logger.warning("not requeued: %s", requeue.stderr.strip())
         return PREEMPTED_STATUS
     logger.info("requeued")
     # SLURM now ends this process. To leave before that would look like the end of the job, to stay
@@ -113,7 +114,7 @@ def _end(folder: RunFolder, job: int, status: int) -> int:
 
 
 def _state_of(job: int) -> str:
-    """RUNNING, CANCELLED, PENDING, ..., as SLURM calls a job."""
+    """RUNNING, PENDING, COMPLETING (cancelled, or out of time), ..., as SLURM calls a job."""
     show = ["scontrol", "show", "job", str(job), "--oneliner"]
     text = subprocess.run(show, check=True, capture_output=True, text=True).stdout
     return text.partition("JobState=")[2].split()[0]
