@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.cluster.cluster import CONTROLLER, MiniCluster
+from tests.cluster.cluster import CONTROLLER, MiniCluster, wait_until
 from tests.conftest import ROOT
 from tests.launching import environment, make_inputs, write_configs
 from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.manifest import find_step_folder
 
-STEPS, SAVE_EVERY = 60, 20
+STEPS, SAVE_EVERY = 120, 40  # some seconds on a machine that does nothing else
 START_SECONDS = 240  # from the launch to the first steps, on a machine that is busy
 # Every character that a shell, ssh, pdsh or SLURM might make something else of.
 ODD = "a  b 'c' \"d\" $(echo e) `f` \\g %h %% & ; #"
@@ -69,8 +69,12 @@ def wait_for_step(run: Path, step: int, is_alive: Callable[[], bool]) -> None:
 
 
 def rank_of(cluster: MiniCluster, node: str) -> int:
-    """The pid of the one rank on a node."""
-    (pid,) = cluster.processes(node, "vqrae_ds.train --local_rank")
+    """The pid of the one rank on a node, as soon as there is one."""
+    pattern = "vqrae_ds.train --local_rank"
+    found = wait_until(
+        f"a rank on {node}", START_SECONDS, lambda: cluster.processes(node, pattern), pause=0.05
+    )
+    (pid,) = found
     return pid
 
 

@@ -48,7 +48,6 @@ def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
     run = folder / f"run {runs.ODD}"
     env = {"VQRAE_ODD": runs.ODD, "NCCL_ODD": f"{runs.ODD}\n2", "OTHER": "o", "HF_TOKEN": "secret"}
     job = launch(cluster, folder, run, **env, VQRAE_FORWARD="OTHER")
-    runs.wait_for_step(run, 1, lambda: job.poll() is None)
     for node in cluster.nodes:
         theirs = runs.environment_of(cluster, node, runs.rank_of(cluster, node))
         assert theirs["VQRAE_ODD"] == runs.ODD and theirs["NCCL_ODD"] == f"{runs.ODD}\n2"

@@ -53,7 +53,6 @@ def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
     (folder / "env").write_text("export VQRAE_OF_THE_SITE=given\n")
     env = {"VQRAE_ODD": runs.ODD, "ENV_FILE": str(folder / "env")}
     job = runs.submit(cluster, folder, run, f"--output={folder}/odd.log", env=env)
-    runs.wait_for_step(run, 1, lambda: is_there(cluster, job))
     for node in cluster.nodes:
         theirs = runs.environment_of(cluster, node, runs.rank_of(cluster, node))
         assert theirs["VQRAE_ODD"] == runs.ODD and theirs["VQRAE_OF_THE_SITE"] == "given"
