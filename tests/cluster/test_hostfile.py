@@ -15,6 +15,7 @@ from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
+CLUSTER = {"MC_TIMEOUT": "600"}  # SLURM, which has no part in this, is to call no node down
 SILENCE, GRACE = 10, 10  # seconds; SILENCE and GRACE of launchers/multinode.sh
 END_SECONDS = SILENCE + GRACE + 60  # the ranks of a node end within 30 s each; and a busy machine
 
@@ -45,7 +46,7 @@ def status_of(process: subprocess.Popen, seconds: float) -> int:
 def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
     cluster, folder, straight
 ):
-    run = folder / f"run {runs.ODD}"
+    run = folder / f"pdsh {runs.ODD}"
     env = {"VQRAE_ODD": runs.ODD, "NCCL_ODD": f"{runs.ODD}\n2", "OTHER": "o", "HF_TOKEN": "secret"}
     job = launch(cluster, folder, run, **env, VQRAE_FORWARD="OTHER")
     for node in cluster.nodes:
@@ -54,12 +55,12 @@ def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
         assert theirs["OTHER"] == "o" and "HF_TOKEN" not in theirs
     assert status_of(job, runs.START_SECONDS) == 0, (folder / "log").read_text()[-6000:]
     assert (run / DONE).exists()
-    runs.assert_same(runs.weights_of(run, folder / "odd_weights"), straight)
+    runs.assert_same(runs.weights_of(run, folder / "pdsh_weights"), straight)
     assert not runs.left_on(cluster)
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_harms_no_other(cluster, folder, straight):
-    run = folder / "asked"
+    run = folder / "pdsh_asked"
     other = cluster.start(
         "n2", ["bash", "-c", "exec -a 'python -u -m deepspeed.launcher.launch' sleep 1002"]
     )
@@ -106,7 +107,7 @@ def lose_node(cluster: MiniCluster) -> None:
 
 @pytest.mark.parametrize("hurt", [hurt_rank, hurt_twice, hurt_launcher, cut_off, lose_node])
 def test_a_run_that_is_hurt_ends_on_all_nodes(cluster, folder, hurt):
-    run = folder / hurt.__name__
+    run = folder / f"pdsh_{hurt.__name__}"
     job = launch(cluster, folder, run)
     try:
         runs.wait_for_step(run, 5, lambda: job.poll() is None)

@@ -7,6 +7,7 @@ enough.
 from __future__ import annotations
 
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -49,13 +50,17 @@ def finish(cluster: MiniCluster, job: str, folder: Path, run: Path, straight) ->
 def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
     cluster, folder, straight
 ):
-    run = folder / f"run {runs.ODD}"
+    run = folder / f"slurm {runs.ODD}"
     (folder / "env").write_text("export VQRAE_OF_THE_SITE=given\n")
-    env = {"VQRAE_ODD": runs.ODD, "ENV_FILE": str(folder / "env")}
+    within = folder / "within"  # what would put a node's Python into a container
+    within.write_text(f'#!/bin/sh\nexport VQRAE_WITHIN=yes\nexec {sys.executable} "$@"\n')
+    within.chmod(0o700)
+    env = {"VQRAE_ODD": runs.ODD, "ENV_FILE": str(folder / "env"), "NODE_PYTHON": str(within)}
     job = runs.submit(cluster, folder, run, f"--output={folder}/odd.log", env=env)
     for node in cluster.nodes:
         theirs = runs.environment_of(cluster, node, runs.rank_of(cluster, node))
         assert theirs["VQRAE_ODD"] == runs.ODD and theirs["VQRAE_OF_THE_SITE"] == "given"
+        assert theirs["VQRAE_WITHIN"] == "yes"
     assert finish(cluster, job, folder, run, straight)["Restarts"] == "0"
 
 

@@ -127,7 +127,8 @@ def _srun(hosts: list[Host], folder: RunFolder, port: int, arguments: list[str])
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun does not take it over
         options.append(f"--cpus-per-task={cpus}")
     options += shlex.split(os.environ.get("SRUN_OPTIONS", ""))
-    node = [sys.executable, "-m", "vqrae_ds.launching.node"]
+    python = os.environ.get("NODE_PYTHON") or sys.executable
+    node = [python, "-m", "vqrae_ds.launching.node"]
     node += [str(hostfile), os.environ.get("MASTER_ADDR") or hosts[0].name, str(port)]
     return ["srun", *options, *node, *arguments]
 
