@@ -219,7 +219,8 @@ def test_each_failure_is_told_with_its_rank_file_and_error(direct):
         r"rank [01]: \S+/generator/zero_pp_rank_\d_mp_rank_00_optim_states.pt",
         r"rank 0: \S+/zero_to_fp32.py",
         r"rank [01]: \S+/(ema|rng)_rank_\d{5}.pt",
-        r"rank 0: \S+/run.json",
+        # Which of rank 0's small files comes too late depends on how far rank 1 is.
+        r"rank 0: \S+/(model_config|run|trainer_state).json",
         r"rank 0: \S+/manifest.json",
     ):
         assert re.search(what, everything), what
