@@ -126,7 +126,7 @@ class MiniCluster:
         self._script("node-down", node)
 
     def node_up(self, node: str) -> None:
-        """The node is back, as after a reboot; returns when it takes jobs."""
+        """The node is back, as after a reboot; returns when it answers."""
         self._script("node-up", node)
         self.wait_for_node(node)
 
@@ -135,20 +135,14 @@ class MiniCluster:
         self._script("cut-off", node)
 
     def reconnect(self, node: str) -> None:
-        """The node's link is back; returns when it takes jobs."""
+        """The node's link is back; returns when it answers."""
         self._script("reconnect", node)
         self.wait_for_node(node)
 
     def wait_for_node(self, node: str, seconds: float = 60) -> None:
-        """Wait until the node answers, and SLURM calls it idle."""
-
-        def is_there() -> bool:
-            if self.run(CONTROLLER, "ssh", "-o", "ConnectTimeout=2", node, "true").returncode:
-                return False
-            state = self.ask(CONTROLLER, "sinfo", "-h", "-p", "main", "-n", node, "-o", "%t")
-            return state.strip() == "idle"
-
-        wait_until(f"{node} to be there", seconds, is_there)
+        """Wait until the node answers. SLURM may notice that later; its jobs wait for it."""
+        command = ("ssh", "-o", "ConnectTimeout=2", node, "true")
+        wait_until(node, seconds, lambda: self.run(CONTROLLER, *command).returncode == 0)
 
     def logs(self, lines: int = 30) -> str:
         """The ends of the daemons' logs, for the message of a failure."""

@@ -17,7 +17,6 @@ Exit status: 0 with the marker DONE, 85 with PREEMPTED, 2 a user's mistake, else
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import shlex
@@ -31,6 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vqrae_ds.command_line import OneLineParser, run_tool
+from vqrae_ds.launching.guardian import end
 from vqrae_ds.launching.hosts import Host, read_hostfile, write_hostfile
 from vqrae_ds.launching.nodes import SSH, Nodes
 from vqrae_ds.launching.orders import (
@@ -76,7 +76,10 @@ def main() -> None:
     orders = _write_files(folder, hosts, arguments, mark)
     silence = float(os.environ.get("VQRAE_SILENCE_SECONDS", SILENCE))
     with Nodes([host.name for host in hosts], mark, orders, silence) as nodes:
-        status = _watch(_launch(folder, hosts), nodes, folder)
+        # A mark of its own: where this machine is a node too, its guardian counts the ranks alone.
+        own_mark = f"{mark}-launcher"
+        status = _watch(_launch(folder, hosts, own_mark), nodes, folder)
+        end(own_mark)  # each ssh of pdsh has a session of its own, and would wait for a lost node
     marker = folder.marker()
     logger.info("the launcher ended with status %d; marker: %s", status, marker or "none")
     sys.exit(_exit_status(marker, status))
@@ -109,10 +112,11 @@ def _write_files(folder: RunFolder, hosts: Sequence[Host], arguments: list[str],
     return path
 
 
-def _launch(folder: RunFolder, hosts: Sequence[Host]) -> subprocess.Popen:
-    """Start DeepSpeed's launcher; it and all below it are deaf to `SIGNALS`."""
+def _launch(folder: RunFolder, hosts: Sequence[Host], mark: str) -> subprocess.Popen:
+    """Start DeepSpeed's launcher; it and all below it are deaf to `SIGNALS`, and have the mark."""
     ssh = shlex.join(SSH)
     environment = {n: v for n, v in os.environ.items() if not n.startswith(FORWARDED_BY_DEEPSPEED)}
+    environment[LAUNCH] = mark
     environment["DS_ENV_FILE"] = str(folder.launch / "deepspeed.env")
     environment["PDSH_SSH_ARGS_APPEND"] = f"{ssh} {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -158,8 +162,7 @@ def _watch(launcher: subprocess.Popen, nodes: Nodes, folder: RunFolder) -> int:
             logger.error("ending the job: %s", trouble)
             break
         time.sleep(1)
-    with contextlib.suppress(ProcessLookupError):  # a group of its own: pdsh and its ssh too
-        os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.kill()  # does nothing where it has ended
     return launcher.wait()
 
 
