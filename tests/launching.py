@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import yaml
 
 from tests.conftest import ROOT
@@ -44,8 +49,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": search, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
-def train(folder: Path, stage: int, *overrides: str) -> str:
-    done = subprocess.run(
+def finish(folder: Path, stage: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """A run that ends by itself, however it ends."""
+    return subprocess.run(
         command(folder, stage, *overrides),
         env=environment(),
         cwd=ROOT,
@@ -53,8 +59,51 @@ def train(folder: Path, stage: int, *overrides: str) -> str:
         text=True,
         timeout=240,
     )
+
+
+def train(folder: Path, stage: int, *overrides: str) -> str:
+    """What a run says that must succeed."""
+    done = finish(folder, stage, *overrides)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def started(
+    folder: Path, stage: int, *overrides: str, log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A run's launcher, in a process group of its own; nothing of that is left at the end."""
+    with open(log, "w") as file:
+        launcher = subprocess.Popen(
+            command(folder, stage, *overrides),
+            env=environment(),
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield launcher
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+
+def wait_for_step(run: Path, step: int, launcher: subprocess.Popen, log: Path) -> None:
+    """Wait until the run has logged the step, which it must do before it ends."""
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
+        assert launcher.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, "the run never got to the step"
+        time.sleep(0.01)
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The trainer's processes below the launcher, the loaders of their data left out."""
+    below = psutil.Process(launcher.pid).children(recursive=True)
+    with_rank = [p for p in below if "RANK" in p.environ() and "vqrae_ds.train" in p.cmdline()]
+    return [p for p in with_rank if p.ppid() not in {other.pid for other in with_rank}]
 
 
 def make_inputs(folder: Path) -> None:

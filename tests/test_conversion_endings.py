@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -30,7 +32,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wait_for_partial(output: Path, process: subprocess.Popen[str]) -> Path:
     """The folder that the process writes into, as soon as a file is in it."""
-    while not (found := list(output.parent.glob(f".{output.name}.*.partial/*"))):
+    pattern = f".{output.name}.*.partial/*"
+    left = {path.parent for path in output.parent.glob(pattern)}
+    while not (found := [f for f in output.parent.glob(pattern) if f.parent not in left]):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.001)
     return found[0].parent
@@ -50,23 +54,39 @@ def test_an_interrupted_conversion_cleans_up(large, tmp_path, number, status):
     assert list(tmp_path.iterdir()) == []
 
 
+def kill_amid_the_writing(output: Path, process: subprocess.Popen[str], num_bytes: int) -> bool:
+    """Kill -9 once so much is written; false where the conversion came to its end before.
+
+    It runs for a millisecond at a time, so that even a fast disk is met in the middle.
+    """
+    partial = wait_for_partial(output, process)
+    while process.poll() is None:
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        written = [path.stat().st_size for path in partial.glob("*")]
+        if sum(written) >= num_bytes or output.exists():
+            process.kill()
+            break
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+    process.communicate()
+    return not output.exists()
+
+
 def test_kill_9_at_any_moment_leaves_nothing_that_looks_complete(large, tmp_path, caplog):
     """A folder is there whole or not at all, and the next conversion removes what is left."""
     output, draw, killed = tmp_path / "out", random.Random(0), 0
     for _ in range(4):
         process = start_python(TOOL, str(large), str(output), "--to", "inference")
-        wait_for_partial(output, process)
-        time.sleep(draw.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if output.exists():  # it was quicker
-            break
-        killed += 1
-        assert len(list(tmp_path.glob(".out.*.partial"))) == 1, "earlier ones are gone"
+        if kill_amid_the_writing(output, process, draw.randrange(1 << 28)):
+            assert len(list(tmp_path.glob(".out.*.partial"))) == 1, "earlier ones are gone"
+            killed += 1
+        else:
+            verify(large, output)
+            shutil.rmtree(output)
     assert killed, "no conversion was killed before its end"
-    if not output.exists():
-        consolidate(large, output, to="inference")
-        assert "left by an interrupted conversion, removed" in caplog.text
+    consolidate(large, output, to="inference")
+    assert "left by an interrupted conversion, removed" in caplog.text
     verify(large, output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

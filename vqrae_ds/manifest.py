@@ -264,12 +264,15 @@ def write_json_atomically(path: Path, payload: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in `folder` to the disk, which the sync of a file need not do."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file that is written, or the names in a folder, to the disk.
+
+    The sync of a file need not bring its name there.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

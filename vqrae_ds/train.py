@@ -131,10 +131,9 @@ def train(run: Run, setup: Setup) -> None:
                 is_validated = is_due(state.step, config.monitor.validate_every_steps, total_steps)
                 if is_validated and (not is_stopping or state.step == total_steps):
                     _validate(run, setup, monitor, watchdog, state.step)
-                is_saved = is_due(state.step, config.checkpoint.every_steps, total_steps)
-                if is_saved or guard.must_stop() or is_stopping:
+                is_last = state.step == total_steps or guard.must_stop() or is_stopping
+                if is_last or state.step % config.checkpoint.every_steps == 0:
                     watchdog.beat(f"the checkpoint after step {state.step}")
-                    is_last = state.step == total_steps or guard.must_stop() or is_stopping
                     _save(setup, state, saver, is_last=is_last)
         if is_first and not guard.must_stop() and saver.failure is None:
             setup.stop.request.leave_mark(is_done=state.step == total_steps)

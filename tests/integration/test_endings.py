@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import ROOT
-from tests.launching import command, environment, make_inputs, write_configs
+from tests.launching import finish, make_inputs, ranks_of, started, wait_for_step, write_configs
 from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.evaluation.summary import read_metrics
 from vqrae_ds.manifest import find_step_folder, read_manifest
@@ -32,13 +27,6 @@ def folder(tmp_path_factory, lpips_weights) -> Path:
     return folder
 
 
-def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
-    """The trainer's processes below the launcher, the loaders of their data left out."""
-    below = psutil.Process(launcher.pid).children(recursive=True)
-    with_rank = [p for p in below if "RANK" in p.environ() and "vqrae_ds.train" in p.cmdline()]
-    return [p for p in with_rank if p.ppid() not in {other.pid for other in with_rank}]
-
-
 def test_a_rank_that_stops_ends_the_job_with_the_stacks_of_its_peers(folder):
     run_folder = folder / "stopped"
     overrides = [
@@ -47,23 +35,9 @@ def test_a_rank_that_stops_ends_the_job_with_the_stacks_of_its_peers(folder):
         f"guard.no_progress_seconds={NO_PROGRESS}",
         "checkpoint.every_steps=100000",
     ]
-    with open(folder / "stopped.log", "w") as log:
-        launcher = subprocess.Popen(
-            command(folder, 1, *overrides),
-            env=environment(),
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    every: list[psutil.Process] = []
-    try:
-        metrics = run_folder / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.is_file() and '"step": 3,' in metrics.read_text()):
-            assert launcher.poll() is None, (folder / "stopped.log").read_text()
-            assert time.monotonic() < deadline, "the run never got to the step"
-            time.sleep(0.05)
+    log_path = folder / "stopped.log"
+    with started(folder, 1, *overrides, log=log_path) as launcher:
+        wait_for_step(run_folder, 3, launcher, log_path)
         every = psutil.Process(launcher.pid).children(recursive=True)
         ranks = ranks_of(launcher)
         assert len(ranks) == 2
@@ -73,14 +47,7 @@ def test_a_rank_that_stops_ends_the_job_with_the_stacks_of_its_peers(folder):
         assert status != 0
         _, alive = psutil.wait_procs(every, timeout=10)
         assert not alive, "no process outlives the job"
-    finally:
-        for process in every:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
-    log = (folder / "stopped.log").read_text()
+    log = log_path.read_text()
     assert f"rank 0 made no progress for {NO_PROGRESS} s in step" in log
     stacks = (run_folder / "stacks" / "rank_00000.txt").read_text()
     assert "micro_step" in stacks or "in train" in stacks, stacks
@@ -95,14 +62,7 @@ def test_a_discriminator_that_explodes_ends_the_run_with_the_last_good_weights(f
         "guard.max_skipped_steps=3",
         "checkpoint.every_steps=1000",
     ]
-    done = subprocess.run(
-        command(folder, 1, *overrides),
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = finish(folder, 1, *overrides)
     assert done.returncode == 1, done.stderr[-4000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "3 steps in a row were skipped" in lines[0]

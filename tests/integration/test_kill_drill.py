@@ -9,16 +9,13 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import ROOT
-from tests.integration.test_endings import ranks_of
-from tests.launching import command, environment, make_inputs, train, write_configs
+from tests.launching import make_inputs, ranks_of, started, train, write_configs
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.evaluation.summary import read_metrics
 from vqrae_ds.manifest import complete_steps, find_damage, find_step_folder, read_manifest
@@ -54,17 +51,7 @@ def kill_somewhere(folder: Path, run: Path, moments: random.Random) -> bool:
     """Start the run and kill one rank of it, or all; false where it came to its end before."""
     before = last_step(run)
     log_path = folder / "drill.log"
-    with open(log_path, "w") as log:
-        launcher = subprocess.Popen(
-            command(folder, 1, *settings(run)),
-            env=environment(),
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    every: list[psutil.Process] = []
-    try:
+    with started(folder, 1, *settings(run), log=log_path) as launcher:
         deadline = time.monotonic() + START_SECONDS
         while launcher.poll() is None and last_step(run) in (0, before):
             assert time.monotonic() < deadline, f"no step was made: {log_path.read_text()[-3000:]}"
@@ -81,13 +68,6 @@ def kill_somewhere(folder: Path, run: Path, moments: random.Random) -> bool:
         _, alive = psutil.wait_procs(every, timeout=20)
         assert not alive, "no process outlives the job"
         return True
-    finally:
-        for process in every:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_path, lpips_weights):

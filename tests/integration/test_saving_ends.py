@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.disks import Level, leave, mounted
-from tests.launching import command, environment, make_inputs, train, write_configs
+from tests.launching import finish, make_inputs, started, train, write_configs
 from vqrae_ds import manifest
 
 pytestmark = pytest.mark.slow
@@ -32,16 +29,9 @@ def folder(tmp_path_factory, lpips_weights) -> Path:
 
 def kill_amid_a_save(folder: Path, run_folder: Path, overrides: list[str]) -> Path:
     """Kill -9 launcher and ranks while a checkpoint is half-written. Returns its folder."""
-    launcher = subprocess.Popen(
-        command(folder, 1, *overrides),
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    try:
+    log = run_folder.with_suffix(".log")
+    with started(folder, 1, *overrides, log=log) as launcher:
+        deadline = time.monotonic() + DEADLINE_SECONDS
         for partial in partial_ones(run_folder / "checkpoints"):
             assert launcher.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline, "no save was met"
@@ -52,11 +42,7 @@ def kill_amid_a_save(folder: Path, run_folder: Path, overrides: list[str]) -> Pa
             if is_partial(partial) and any(path.is_file() for path in partial.rglob("*")):
                 return partial
             os.killpg(launcher.pid, signal.SIGCONT)
-        raise AssertionError("unreachable")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
+    raise AssertionError("unreachable")
 
 
 def partial_ones(checkpoints: Path) -> Iterator[Path | None]:
@@ -98,14 +84,7 @@ def test_a_run_without_room_for_a_checkpoint_warns_goes_on_and_ends_with_status_
         leave(disk, Level(num_bytes=1_200_000))
         overrides = [f"run.output_dir={disk / 'run'}", "run.total_steps=6"]
         overrides += ["checkpoint.every_steps=2", "losses.adversarial=null"]
-        done = subprocess.run(
-            command(folder, 1, *overrides),
-            env=environment(),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        done = finish(folder, 1, *overrides)
         assert done.returncode == 1, done.stderr[-4000:]
         assert "the checkpoints of this run may not fit: rank 0: " in done.stderr
         assert "THE CHECKPOINT AFTER STEP 2 WAS NOT SAVED: rank 0: " in done.stderr
@@ -118,14 +97,7 @@ def test_a_run_without_room_for_a_checkpoint_warns_goes_on_and_ends_with_status_
 def test_a_local_folder_that_cannot_be_had_is_a_mistake(folder):
     (folder / "file").write_text("no folder")
     overrides = [f"run.output_dir={folder / 'mistaken'}", f"checkpoint.local_dir={folder / 'file'}"]
-    done = subprocess.run(
-        command(folder, 1, *overrides),
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = finish(folder, 1, *overrides)
     assert done.returncode == 2, done.stderr[-4000:]
     lines = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
     assert len(lines) == 1 and "checkpoint.local_dir: " in lines.pop()

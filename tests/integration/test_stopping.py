@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT
 from tests.distributed import run_ranks
-from tests.integration.test_endings import ranks_of
 from tests.launching import (
     SAVE_EVERY,
     STEPS,
-    command,
-    environment,
     make_inputs,
+    ranks_of,
+    started,
     train,
+    wait_for_step,
     write_configs,
 )
 from vqrae_ds.benchmarks.counting import counted
@@ -102,27 +100,10 @@ def ask_by_file(_: subprocess.Popen, run_folder: Path) -> None:
 def test_a_run_that_was_stopped_ends_with_the_same_weights(folder, ask):
     run_folder = folder / ask.__name__
     log_path = folder / f"{ask.__name__}.log"
-    with open(log_path, "w") as log:
-        launcher = subprocess.Popen(
-            command(folder, 1, f"run.output_dir={run_folder}"),
-            env=environment(),
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        metrics, deadline = run_folder / "metrics.jsonl", time.monotonic() + 120
-        while not (metrics.is_file() and '"step": 10,' in metrics.read_text()):
-            assert launcher.poll() is None, log_path.read_text()
-            assert time.monotonic() < deadline, "the run never got to the step"
-            time.sleep(0.02)
+    with started(folder, 1, f"run.output_dir={run_folder}", log=log_path) as launcher:
+        wait_for_step(run_folder, 10, launcher, log_path)
         ask(launcher, run_folder)
         status = launcher.wait(timeout=90)
-    finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
     log = log_path.read_text()
     assert status == PREEMPTED_STATUS, log
     assert "asked to stop after step" in log and "Traceback" not in log, log

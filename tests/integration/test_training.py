@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +19,9 @@ from tests.launching import (
     command,
     environment,
     make_inputs,
+    started,
     train,
+    wait_for_step,
     write_configs,
 )
 from tests.tiny import images_of
@@ -58,25 +56,9 @@ class Chain(NamedTuple):
 
 def train_until_killed(folder: Path, stage: int, run_folder: Path) -> None:
     """Start the run and kill -9 launcher and ranks together once it has logged step KILL_AFTER."""
-    metrics = run_folder / "metrics.jsonl"
-    process = subprocess.Popen(
-        command(folder, stage),
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not (metrics.is_file() and f'"step": {KILL_AFTER},' in metrics.read_text()):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline, "the run never got to the step"
-            time.sleep(0.01)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    log = run_folder.with_suffix(".log")
+    with started(folder, stage, log=log) as launcher:
+        wait_for_step(run_folder, KILL_AFTER, launcher, log)
 
 
 @pytest.fixture(scope="module")

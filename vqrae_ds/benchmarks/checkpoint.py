@@ -33,7 +33,6 @@ from vqrae_ds.benchmarks.launch import choose_machine, run_ranks
 from vqrae_ds.benchmarks.step_runs import SIZES, Size, write_run
 from vqrae_ds.benchmarks.table import Report, Row, describe_machine
 from vqrae_ds.checkpoint import Content, Saver, TrainState
-from vqrae_ds.checkpoint.writing import sync_file
 
 if TYPE_CHECKING:
     from vqrae_ds.config import Run
@@ -94,7 +93,7 @@ def _measure_rank(
     def save_by_deepspeed_and_sync() -> None:
         save_by_deepspeed()
         for path in sorted(theirs.rglob("*.pt"))[rank :: dist.get_world_size()]:
-            sync_file(path)
+            manifest.sync(path)
 
     saves = {
         "deepspeed": save_by_deepspeed,

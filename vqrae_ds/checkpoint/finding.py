@@ -8,11 +8,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from vqrae_ds import manifest
-from vqrae_ds.checkpoint.names import MODEL_CONFIG, RUN
+from vqrae_ds.checkpoint.names import RUN, checkpoints_folder
 from vqrae_ds.config import Run, check_same_model
 from vqrae_ds.config.files import read_json
 from vqrae_ds.config.resuming import check_same_run
 from vqrae_ds.conversion import record as records
+from vqrae_ds.conversion.rank_files import MODEL_CONFIG
 from vqrae_ds.ranks import failing_together, from_rank_0, gather
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,7 @@ def find(run: Run) -> Path | None:
     must not change; and where the run's frozen weights are damaged, which no older checkpoint can
     make up for. It may be of any number of ranks.
     """
-    checkpoints = Path(run.config.run.output_dir) / "checkpoints"
-    for folder in from_rank_0(lambda: manifest.complete_steps(checkpoints)):
+    for folder in from_rank_0(lambda: manifest.complete_steps(checkpoints_folder(run))):
         if damage := _find_damage(folder):
             logger.warning("passing over %s: %s", folder, "; ".join(damage))
             continue

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from vqrae_ds.checkpoint.writing import RankWriter
 from vqrae_ds.config import Run
-from vqrae_ds.conversion.output_folder import sync
 from vqrae_ds.conversion.rank_files import FROZEN_FILE
 from vqrae_ds.conversion.safetensors_stream import (
     StreamedTensor,
@@ -32,7 +31,7 @@ from vqrae_ds.conversion.safetensors_stream import (
     record_of,
     write_file,
 )
-from vqrae_ds.manifest import FileRecord, frozen_file, hash_file
+from vqrae_ds.manifest import FileRecord, frozen_file, hash_file, sync
 from vqrae_ds.ranks import failing_together, from_rank_0
 from vqrae_ds.sharding import resident
 from vqrae_ds.sharding.first_weights import freed_memory_returned

@@ -10,8 +10,7 @@ import xxhash
 
 from vqrae_ds.config import Run
 
-GENERATOR, DISCRIMINATOR = "generator", "discriminator"
-MODEL_CONFIG, RUN, TRAINER_STATE = "model_config.json", "run.json", "trainer_state.json"
+RUN, TRAINER_STATE = "run.json", "trainer_state.json"
 
 
 class TrainState(NamedTuple):

@@ -15,15 +15,9 @@ import torch.distributed as dist
 import xxhash
 
 from vqrae_ds import manifest
-from vqrae_ds.checkpoint.names import (
-    DISCRIMINATOR,
-    GENERATOR,
-    TRAINER_STATE,
-    TrainState,
-    random_file,
-)
+from vqrae_ds.checkpoint.names import TRAINER_STATE, TrainState, random_file
 from vqrae_ds.config.files import read_json
-from vqrae_ds.conversion.rank_files import entry
+from vqrae_ds.conversion.rank_files import DISCRIMINATOR, GENERATOR, entry
 from vqrae_ds.conversion.rank_files import load as load_data
 from vqrae_ds.ranks import failing_together
 from vqrae_ds.sharding import loading

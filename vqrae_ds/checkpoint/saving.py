@@ -20,21 +20,12 @@ import torch.distributed as dist
 
 from vqrae_ds import manifest
 from vqrae_ds.checkpoint import frozen, retention
-from vqrae_ds.checkpoint.names import (
-    DISCRIMINATOR,
-    GENERATOR,
-    MODEL_CONFIG,
-    RUN,
-    TRAINER_STATE,
-    TrainState,
-    random_file,
-    step_folder,
-)
+from vqrae_ds.checkpoint.names import RUN, TRAINER_STATE, TrainState, random_file, step_folder
 from vqrae_ds.checkpoint.space import in_units
 from vqrae_ds.checkpoint.writing import Failure, RankWriter
 from vqrae_ds.config import Run
 from vqrae_ds.config.resuming import record
-from vqrae_ds.conversion.rank_files import average_file
+from vqrae_ds.conversion.rank_files import DISCRIMINATOR, GENERATOR, MODEL_CONFIG, average_file
 from vqrae_ds.models.vqrae import config_json
 from vqrae_ds.ranks import from_rank_0, gather
 from vqrae_ds.sharding.ema import WeightAverage
@@ -197,7 +188,7 @@ def publish(run: Run, folder: Path, written: manifest.Manifest, writer: RankWrit
         # A power cut may take the name of a file whose bytes are safe.
         above = {folder.parent, folder.parent.parent}
         for inner in {(folder / name).parent for name in written.files} | above:
-            manifest.sync_folder(inner)
+            manifest.sync(inner)
     if writer.failure is None:
         with writer.attempt(folder / manifest.MANIFEST_NAME):
             manifest.write_manifest(folder, written)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from vqrae_ds.manifest import FileRecord, hash_file, list_files
+from vqrae_ds.manifest import FileRecord, hash_file, list_files, sync
 
 _READ_BYTES = 1 << 22
 
@@ -83,7 +83,7 @@ class RankWriter:
         with self.attempt(self.folder):
             for name in set(list_files(self.folder)) - names:
                 if self.synced:
-                    sync_file(self.folder / name)
+                    sync(self.folder / name)
                 self.records[name] = hash_file(self.folder / name)
 
     @contextlib.contextmanager
@@ -182,12 +182,3 @@ class _HashedFile:
                 act()
             except OSError as error:
                 self.error = error
-
-
-def sync_file(path: Path) -> None:
-    """Bring a file that is written and closed to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,13 @@ from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.config.checking import check
 from vqrae_ds.config.files import read_json, read_recipe
 from vqrae_ds.conversion.rank_checks import check_step_of_manifest, find_crc_damage
-from vqrae_ds.conversion.rank_files import AVERAGE_FILES, load
+from vqrae_ds.conversion.rank_files import (
+    AVERAGE_FILES,
+    DISCRIMINATOR,
+    GENERATOR,
+    MODEL_CONFIG,
+    load,
+)
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.manifest import (
     MANIFEST_NAME,
@@ -26,7 +32,6 @@ from vqrae_ds.manifest import (
 
 logger = logging.getLogger(__name__)
 
-GENERATOR, DISCRIMINATOR, MODEL_CONFIG = "generator", "discriminator", "model_config.json"
 LATEST = "latest"  # DeepSpeed's file with the name of its newest folder
 _OPTIMIZER_FILES = "*_optim_states.pt"
 _COVERED = ("*/*_states.pt", "*/*.safetensors", AVERAGE_FILES)

@@ -38,12 +38,11 @@ from vqrae_ds.conversion.output_folder import (
     check_space,
     new_folder,
     progress_bar,
-    sync,
 )
 from vqrae_ds.conversion.record import RECORD_NAME, Record, find_damage, read_record, write_record
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
-from vqrae_ds.manifest import MANIFEST_NAME, FileRecord, hash_file
+from vqrae_ds.manifest import MANIFEST_NAME, FileRecord, hash_file, sync
 from vqrae_ds.models.weights import check_names, check_shape
 
 Target = Literal["stage2", "inference"]

@@ -16,14 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from vqrae_ds.conversion import record as records
 from vqrae_ds.conversion.checkpoint_source import (
-    DISCRIMINATOR,
-    GENERATOR,
     find_checkpoint,
     find_damage_of_checkpoint,
     is_foreign,
 )
 from vqrae_ds.conversion.rank_checks import find_crc_damage
-from vqrae_ds.conversion.rank_files import FROZEN_FILE, entry, load
+from vqrae_ds.conversion.rank_files import DISCRIMINATOR, FROZEN_FILE, GENERATOR, entry, load
 from vqrae_ds.conversion.record import RECORD_NAME
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.manifest import MANIFEST_NAME, frozen_file, list_files, read_manifest, run_of

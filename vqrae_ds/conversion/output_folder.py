@@ -17,6 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vqrae_ds.manifest import sync
+
 logger = logging.getLogger(__name__)
 
 _SMALL_FILES_BYTES = 1 << 20  # headers, index, configuration and record
@@ -91,12 +93,3 @@ def progress_bar(total_bytes: int, what: str, visible: bool) -> tqdm:
     """A progress bar in bytes on a terminal, a silent one otherwise."""
     silent = None if visible else True
     return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, disable=silent)
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

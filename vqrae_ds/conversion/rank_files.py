@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from vqrae_ds.manifest import MANIFEST_NAME, frozen_file, missing_frozen, read_manifest, run_of
 
+GENERATOR, DISCRIMINATOR = "generator", "discriminator"  # in a checkpoint's folder, one an engine
+MODEL_CONFIG = "model_config.json"  # beside them
 AVERAGE_FILES = "ema_rank_*.pt"  # in the checkpoint's folder, one a rank
 AVERAGES = "averages"  # the key in such a file
 FROZEN_FILE = "frozen.safetensors"  # in the folder of an engine, beside its ranks' files

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.launching.guardian import end
-from vqrae_ds.launching.hosts import Host, read_hostfile, write_hostfile
+from vqrae_ds.launching.hosts import Host, port_of, read_hostfile, write_hostfile
 from vqrae_ds.launching.nodes import SSH, Nodes
 from vqrae_ds.launching.orders import (
     LAUNCH,
@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 SILENCE = 60.0  # seconds; VQRAE_SILENCE_SECONDS
 GRACE = 60.0  # seconds; VQRAE_GRACE_SECONDS
-FIRST_PORT, NUM_PORTS = 20000, 10000  # below the ports that Linux gives away by itself
 ROOT = Path(__file__).parents[2]
 # DeepSpeed forwards these by itself, quoted in part: `$(...)` in one would be run on the nodes.
 FORWARDED_BY_DEEPSPEED = ("MLFLOW", "MV2", "UCX", "NCCL")
@@ -87,7 +86,7 @@ def main() -> None:
 
 def port_of_run(folder: Path) -> int:
     """A port for the ranks' rendezvous: runs that share a node seldom share it."""
-    return FIRST_PORT + zlib.crc32(str(Path(folder).absolute()).encode()) % NUM_PORTS
+    return port_of(zlib.crc32(str(Path(folder).absolute()).encode()))
 
 
 def _exit_status(marker: str | None, status: int) -> int:

@@ -15,11 +15,19 @@ from typing import NamedTuple
 _LINE = re.compile(r"(?P<name>(?:[\w.-]+@)?\w[\w.-]*)\s+slots=(?P<slots>[1-9]\d*)", re.ASCII)
 
 
+_FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ports that Linux gives away by itself
+
+
 class Host(NamedTuple):
     """A node, and the number of ranks on it."""
 
     name: str
     slots: int
+
+
+def port_of(number: int) -> int:
+    """A port for the ranks' rendezvous: numbers that differ seldom share one."""
+    return _FIRST_PORT + number % _NUM_PORTS
 
 
 def read_hostfile(path: Path) -> list[Host]:

@@ -24,13 +24,12 @@ import time
 from pathlib import Path
 
 from vqrae_ds.command_line import OneLineParser, run_tool
-from vqrae_ds.launching.hosts import Host, write_hostfile
+from vqrae_ds.launching.hosts import Host, port_of, write_hostfile
 from vqrae_ds.launching.run_folder import RunFolder, check_run, trainer_arguments
 from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS, SIGNALS
 
 logger = logging.getLogger(__name__)
 
-FIRST_PORT, NUM_PORTS = 20000, 10000  # below the ports that Linux gives away by itself
 REQUEUE_SECONDS = 120  # in which SLURM must have ended a job that it requeues
 
 
@@ -63,7 +62,7 @@ def main() -> None:
 
 def port_of_job(job: int) -> int:
     """A port for the ranks' rendezvous, so that jobs that share a node seldom share it."""
-    return FIRST_PORT + job % NUM_PORTS
+    return port_of(job)
 
 
 def hosts_of_job() -> list[Host]:
