@@ -1,11 +1,13 @@
-"""Run a test function on several real ranks: spawned processes, gloo, no launcher and no ports.
+"""Run a test function on several real ranks: own processes, gloo, no launcher and no ports.
 
-Starting the ranks costs seconds (each imports DeepSpeed), so let one function do many checks.
+The ranks are forked from a server that has imported DeepSpeed and done nothing else, for the
+import costs each of them more than most tests do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import tempfile
@@ -17,6 +19,14 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+
+FORK_SERVER = "forkserver"
+IMPORTED_ONCE = [
+    "vqrae_ds.engines",
+    "vqrae_ds.preparation",
+    "vqrae_ds.train",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # by every engine, and PyTorch's compiler with it
+]
 
 # The default of 30 minutes would let one failed rank block its peers for that long.
 PROCESS_GROUP_TIMEOUT = timedelta(seconds=60)
@@ -31,10 +41,13 @@ def run_ranks(
     fails ends the others, and its traceback is raised here as `mp.ProcessRaisedException`.
     Raises `TimeoutError`, and kills the ranks, when they take longer than `timeout_seconds`.
     """
+    mp.set_forkserver_preload(IMPORTED_ONCE)
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = os.path.join(folder, "rendezvous")
-        context = mp.spawn(
-            _run_rank, (world_size, rendezvous, function, args), nprocs=world_size, join=False
+        # The server has the environment of its start, the ranks that of this call.
+        rank_args = (world_size, rendezvous, dict(os.environ), function, args)
+        context = mp.start_processes(
+            _run_rank, rank_args, nprocs=world_size, join=False, start_method=FORK_SERVER
         )
         deadline = time.monotonic() + timeout_seconds
         try:
@@ -49,9 +62,15 @@ def run_ranks(
 
 
 def _run_rank(
-    rank: int, world_size: int, rendezvous: str, function: Callable[..., None], args: tuple
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    environment: dict[str, str],
+    function: Callable[..., None],
+    args: tuple,
 ) -> None:
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -64,6 +83,7 @@ def _run_rank(
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage at every turn: what was imported is none
     import deepspeed
 
     # Its just-in-time build takes minutes, and hangs on the lock file of a killed build.

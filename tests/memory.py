@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 @contextlib.contextmanager
 def sampled_memory(peaks: dict[str, int]) -> Iterator[None]:
     """Sets `peaks` to the most memory that the process had inside, above that at the start."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be reused unseen
     start, done = read_memory(), threading.Event()
 
     def sample() -> None:
