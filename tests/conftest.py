@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -34,7 +35,9 @@ def lpips_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv = ROOT / ".venv"
     folder = venv if venv.is_dir() else tmp_path_factory.mktemp("lpips")
     path = folder / "lpips_vgg16.safetensors"
-    made = run_python("tools/make_lpips_weights.py", str(path))
+    with open(folder / "lpips.lock", "w") as lock:  # one process of pytest-xdist makes it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = run_python("tools/make_lpips_weights.py", str(path))
     if made.returncode:
         pytest.skip(f"no weights for LPIPS here: {made.stderr.strip()}")
     return path
