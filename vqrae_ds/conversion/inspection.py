@@ -199,7 +199,9 @@ def _layout(checkpoint: ZeroCheckpoint) -> str:
     """Data-parallel times tensor-parallel ranks; the reader takes none of the latter above 1."""
     file = checkpoint.files.optimizers[0]
     state = entry(load(file), "optimizer_state_dict", dict, file)
-    return f"ZeRO-{int(entry(state, 'zero_stage', int, file))}, dp {checkpoint.num_ranks} x tp 1"
+    # Only DeepSpeed's BF16_Optimizer leaves its stage out, and that one is ZeRO-1.
+    stage = int(entry({"zero_stage": 1, **state}, "zero_stage", int, file))
+    return f"ZeRO-{stage}, dp {checkpoint.num_ranks} x tp 1"
 
 
 def _group_files(folder: Path) -> dict[str, FileGroup]:
