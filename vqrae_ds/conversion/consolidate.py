@@ -20,7 +20,7 @@ model's, or what has the trainer's prefix `vqrae.`, held to the shapes of `model
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -60,6 +60,7 @@ def consolidate(
     ema: bool = False,
     model_config: Path | None = None,
     max_shard_bytes: int = 4 << 30,
+    check: Callable[[Path], object] | None = None,
     progress: bool = False,
 ) -> None:
     """Convert the folder `checkpoint` into the new folder `output`.
@@ -68,12 +69,12 @@ def consolidate(
     one that plain DeepSpeed wrote, and only there. With `ema` the moving averages of the trained
     weights are taken instead of the weights; the discriminator has none and stays as it is. Memory
     stays at a few MB whatever the size of the model. `output` appears, complete and synced, by a
-    rename at the end.
+    rename at the end; before it `check` may look at the folder under another name, and refuse it.
 
     Raises `ValueError`, before anything is written, when `output` is there or its disk too full,
     when `dtype` is not float32 (or bfloat16, for inference), when there is no average to take, and
-    when the checkpoint is incomplete or damaged, listing its damaged files. Raises `OSError` when
-    writing fails; then nothing of `output` is left.
+    when the checkpoint is incomplete or damaged, listing its damaged files. Raises what `check`
+    raises, and `OSError` when writing fails; then nothing of `output` is left.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_free(output)
@@ -96,6 +97,8 @@ def consolidate(
         sync(path)
         files[path.name] = hash_file(path)
         write_record(folder, _describe(source, to, dtype, ema, files))
+        if check is not None:
+            check(folder)
 
 
 def verify(
@@ -104,7 +107,7 @@ def verify(
     """Prove that `output` is the conversion of `checkpoint`: every tensor once, equal in every bit.
 
     Raises `ValueError` listing what differs. The checkpoint is not hashed again, so this is for
-    right after `consolidate`, which did.
+    `consolidate`, which did, as its `check`.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     record = read_record(output)
