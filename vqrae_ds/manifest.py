@@ -105,13 +105,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of `folder`.
 
-    Raises `ValueError` when there is none (an interrupted save), when it cannot be understood, and
-    when it is of another step than the folder's name says.
+    Raises `ValueError` when there is none (an interrupted save), when the disk does not give it
+    back, when it cannot be understood, and when it is of another step than the folder's name says.
     """
     path = Path(folder) / MANIFEST_NAME
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {MANIFEST_NAME}: it is not a complete checkpoint")
     try:
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {MANIFEST_NAME}: it is not a complete checkpoint")
         payload = read_sealed(path)
         version = payload.pop("format_version")
         if version not in _READABLE_VERSIONS:
@@ -123,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
             payload["frozen"] = _frozen_record(payload["frozen"])
         payload["layout"] = Layout(**payload.get("layout", {"dp": payload["world_size"]}))
         manifest = Manifest(**payload)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable manifest: {error}") from error
     named = _STEP_FOLDER.fullmatch(Path(folder).resolve().name)
     if named and int(named[1]) != manifest.step:
@@ -135,6 +135,12 @@ def step_folders(checkpoints: Path) -> dict[int, Path]:
     """All `step_XXXXXXXX` folders by their steps, complete or not, newest first."""
     steps = {int(m[1]): p for p in checkpoints.glob("*") if (m := _STEP_FOLDER.fullmatch(p.name))}
     return dict(sorted(steps.items(), reverse=True))
+
+
+def published_steps(checkpoints: Path) -> list[Path]:
+    """The `step_XXXXXXXX` folders with a manifest, readable or not, newest first."""
+    folders = step_folders(checkpoints).values()
+    return [folder for folder in folders if os.path.lexists(folder / MANIFEST_NAME)]
 
 
 def complete_steps(checkpoints: Path) -> list[Path]:
@@ -174,14 +180,14 @@ def find_step_folders(path: Path) -> list[Path]:
 
 
 def find_damage(folder: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:
-    """One line per missing, resized or altered file of `folder`; empty if it is intact.
+    """One line per missing, resized, altered or unreadable file of `folder`; empty if it is intact.
 
     The run's file of frozen weights counts as one of them.
     """
     damage = find_damaged_files(folder, manifest.files, checksums=checksums)
     if manifest.frozen is not None:
         path = frozen_file(run_of(folder), manifest.frozen)
-        if not path.is_file():
+        if not os.path.lexists(path):
             damage.append(missing_frozen(path))
         else:
             files = {path.name: manifest.frozen}
@@ -205,13 +211,15 @@ def find_damaged_files(
     damage = []
     for name, record in files.items():
         path = Path(folder) / name
-        if not path.is_file():
-            damage.append(f"{name} is missing")
-        elif path.stat().st_size != record.size:
-            found = path.stat().st_size
-            damage.append(f"{name} has {found} bytes, the manifest says {record.size}")
-        elif checksums and hash_file(path) != record:
-            damage.append(f"{name} does not match its checksum")
+        try:
+            if not path.is_file():
+                damage.append(f"{name} is missing")
+            elif (found := path.stat().st_size) != record.size:
+                damage.append(f"{name} has {found} bytes, the manifest says {record.size}")
+            elif checksums and hash_file(path) != record:
+                damage.append(f"{name} does not match its checksum")
+        except OSError as error:
+            damage.append(f"{name} cannot be read: {error}")
     return damage
 
 

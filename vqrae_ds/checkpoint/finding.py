@@ -25,16 +25,24 @@ def find(run: Run) -> Path | None:
     The ranks share the reading. Raises `ValueError` on every rank, before anything is built, where
     the newest one belongs to the other stage, or was written with a configuration that a resume
     must not change; and where the run's frozen weights are damaged, which no older checkpoint can
-    make up for. It may be of any number of ranks.
+    make up for. It may be of any number of ranks. Where there are checkpoints, and none is intact,
+    it raises as well: a run that began again would end by clearing away what may be mended.
     """
-    for folder in from_rank_0(lambda: manifest.complete_steps(checkpoints_folder(run))):
+    checkpoints, passed_over = checkpoints_folder(run), []
+    for folder in from_rank_0(lambda: manifest.published_steps(checkpoints)):
         if damage := _find_damage(folder):
+            passed_over.append(f"{folder.name}: {'; '.join(damage)}")
             logger.warning("passing over %s: %s", folder, "; ".join(damage))
             continue
         with failing_together():
             _check_fits(folder, run)
         _check_frozen(folder)
         return folder
+    if passed_over:
+        raise ValueError(
+            f"run.output_dir: {checkpoints} holds no intact checkpoint ({' | '.join(passed_over)}):"
+            " put copies in their places, or choose another folder to begin again"
+        )
     return None
 
 
@@ -83,11 +91,23 @@ def _check_converted(folder: Path) -> None:
 
 
 def _find_damage(folder: Path) -> list[str]:
-    """A line for each file in it that is not what the manifest says; each rank reads its share."""
-    found = from_rank_0(lambda: manifest.read_manifest(folder))
+    """A line for each file in it that is not what the manifest says; each rank reads its share.
+
+    It is the same on every rank. A manifest that cannot be read is all of the damage.
+    """
+    found = from_rank_0(lambda: _manifest_or_damage(folder))
+    if isinstance(found, str):
+        return [found]
     mine = dict(list(found.files.items())[dist.get_rank() :: dist.get_world_size()])
     found = found._replace(files=mine, frozen=None)
     return sum(gather(manifest.find_damage(folder, found)), [])
+
+
+def _manifest_or_damage(folder: Path) -> manifest.Manifest | str:
+    try:
+        return manifest.read_manifest(folder)
+    except ValueError as error:
+        return str(error)
 
 
 def _check_frozen(folder: Path) -> None:
