@@ -20,6 +20,7 @@ from tests.tiny import make_run, save_initial
 from tests.zero_files import seal
 from vqrae_ds import checkpoint, manifest
 from vqrae_ds.checkpoint import TrainState
+from vqrae_ds.checkpoint.names import local_root
 from vqrae_ds.config import Run
 
 
@@ -191,6 +192,20 @@ def test_a_checkpoint_without_its_configuration_is_held_to_the_model(run):
     assert checkpoint.find(with_changes(run, "model", legacy=False)) == folder
     with pytest.raises(ValueError, match="patch_size = 16 differs from 8 in .*model_config.json"):
         checkpoint.find(with_changes(run, "model", output_patch_size=16))
+
+
+def test_one_rank_of_a_node_prepares_its_disk_for_all(run, tmp_path, monkeypatch):
+    run = with_changes(run, "checkpoint", local_dir=str(tmp_path / "node"))
+    left = local_root(run) / "rank_00000" / "half"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    checkpoint.prepare_local_dir(run)
+    assert not (tmp_path / "node").exists(), "its neighbour may be emptying it"
+    left.mkdir(parents=True)
+    checkpoint.prepare_local_dir(run)
+    assert left.exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    checkpoint.prepare_local_dir(run)
+    assert list((tmp_path / "node").iterdir()) == [local_root(run)] and not left.parent.exists()
 
 
 def frozen_encoder(value: float) -> nn.Module:

@@ -87,13 +87,17 @@ def test_the_report_adds_up(run):
     (line,) = (line for line in text.splitlines() if line.startswith("  all"))
     assert str(len(found.tensors)) in line and line.endswith(show_bytes(total))
     assert f"{sum(tensor.numel for tensor in found.tensors):,}" in line
-    assert [show_bytes(n) for n in (0, 999, 1000, 12_345_678, 6 * 10**12)] == [
-        "0 B",
-        "999 B",
-        "1 kB",
-        "12.3 MB",
-        "6000 GB",
-    ]
+    sizes = {
+        0: "0 B",
+        999: "999 B",
+        1000: "1 kB",
+        999_400: "999 kB",
+        12_345_678: "12.3 MB",
+        999_600_000: "1 GB",
+        999_600_000_000: "1000 GB",
+        6_543 * 10**9: "6543 GB",
+    }
+    assert {number: show_bytes(number) for number in sizes} == sizes
 
 
 def test_sizes_are_seen_at_once_and_flips_with_verify(run):
