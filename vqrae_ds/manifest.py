@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,13 +67,15 @@ class Manifest(NamedTuple):
         return sum(record.size for record in self.files.values())
 
 
-def hash_file(path: Path) -> FileRecord:
-    """Read `path` once and return its size and digest."""
+def hash_file(path: Path, advance: Callable[[int], object] | None = None) -> FileRecord:
+    """Read `path` once and return its size and digest; `advance` is told the bytes of each read."""
     digest, size = xxhash.xxh3_128(), 0
     with open(path, "rb") as file:
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
             size += len(chunk)
+            if advance is not None:
+                advance(len(chunk))
     return FileRecord(size, digest.hexdigest())
 
 
@@ -137,12 +139,6 @@ def step_folders(checkpoints: Path) -> dict[int, Path]:
     return dict(sorted(steps.items(), reverse=True))
 
 
-def published_steps(checkpoints: Path) -> list[Path]:
-    """The `step_XXXXXXXX` folders with a manifest, readable or not, newest first."""
-    folders = step_folders(checkpoints).values()
-    return [folder for folder in folders if os.path.lexists(folder / MANIFEST_NAME)]
-
-
 def complete_steps(checkpoints: Path) -> list[Path]:
     """The `step_XXXXXXXX` folders with a readable manifest, newest first; others are warned of."""
     complete = []
@@ -179,19 +175,26 @@ def find_step_folders(path: Path) -> list[Path]:
     return complete
 
 
-def find_damage(folder: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:
+def find_damage(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    checksums: bool = True,
+    advance: Callable[[int], object] | None = None,
+) -> list[str]:
     """One line per missing, resized, altered or unreadable file of `folder`; empty if it is intact.
 
-    The run's file of frozen weights counts as one of them.
+    The run's file of frozen weights counts as one of them. `advance` is as in `hash_file`.
     """
-    damage = find_damaged_files(folder, manifest.files, checksums=checksums)
+    options = {"checksums": checksums, "advance": advance}
+    damage = find_damaged_files(folder, manifest.files, **options)
     if manifest.frozen is not None:
         path = frozen_file(run_of(folder), manifest.frozen)
         if not os.path.lexists(path):
             damage.append(missing_frozen(path))
         else:
             files = {path.name: manifest.frozen}
-            found = find_damaged_files(path.parent, files, checksums=checksums)
+            found = find_damaged_files(path.parent, files, **options)
             damage += [f"{path.parent}/{line}" for line in found]
     return damage
 
@@ -205,7 +208,11 @@ def missing_frozen(path: Path) -> str:
 
 
 def find_damaged_files(
-    folder: Path, files: Mapping[str, FileRecord], *, checksums: bool = True
+    folder: Path,
+    files: Mapping[str, FileRecord],
+    *,
+    checksums: bool = True,
+    advance: Callable[[int], object] | None = None,
 ) -> list[str]:
     """As `find_damage`, of files by their paths relative to `folder`."""
     damage = []
@@ -216,7 +223,7 @@ def find_damaged_files(
                 damage.append(f"{name} is missing")
             elif (found := path.stat().st_size) != record.size:
                 damage.append(f"{name} has {found} bytes, the manifest says {record.size}")
-            elif checksums and hash_file(path) != record:
+            elif checksums and hash_file(path, advance) != record:
                 damage.append(f"{name} does not match its checksum")
         except OSError as error:
             damage.append(f"{name} cannot be read: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,7 +30,7 @@ def find(run: Run) -> Path | None:
     it raises as well: a run that began again would end by clearing away what may be mended.
     """
     checkpoints, passed_over = checkpoints_folder(run), []
-    for folder in from_rank_0(lambda: manifest.published_steps(checkpoints)):
+    for folder in from_rank_0(lambda: _published(checkpoints)):
         if damage := _find_damage(folder):
             passed_over.append(f"{folder.name}: {'; '.join(damage)}")
             logger.warning("passing over %s: %s", folder, "; ".join(damage))
@@ -73,6 +74,12 @@ def resolve_start(run: Run) -> Run:
             return run._replace(config=run.config.model_copy(update={"init": init}))
         logger.warning("passing over %s: %s", folder, "; ".join(damage))
     raise ValueError(f"init.from_run: {start} holds no intact checkpoint: {'; '.join(damage)}")
+
+
+def _published(checkpoints: Path) -> list[Path]:
+    """The step folders with a manifest, readable or not, newest first."""
+    folders = manifest.step_folders(checkpoints).values()
+    return [folder for folder in folders if os.path.lexists(folder / manifest.MANIFEST_NAME)]
 
 
 def _check_converted(folder: Path) -> None:

@@ -33,12 +33,8 @@ from vqrae_ds.conversion.checkpoint_source import (
     open_source,
     read_model_config,
 )
-from vqrae_ds.conversion.output_folder import (
-    check_free,
-    check_space,
-    new_folder,
-    progress_bar,
-)
+from vqrae_ds.conversion.output_folder import check_free, check_space, new_folder
+from vqrae_ds.conversion.progress import progress_bar
 from vqrae_ds.conversion.record import RECORD_NAME, Record, find_damage, read_record, write_record
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
@@ -79,7 +75,7 @@ def consolidate(
     checkpoint, output = Path(checkpoint), Path(output)
     check_free(output)
     _check_request(to, dtype)
-    source = open_source(checkpoint, model_config)
+    source = open_source(checkpoint, model_config, progress=progress)
     if is_foreign(checkpoint):
         _check_fits_model(source, model_config)
     weights = _select_weights(source, to, dtype, ema)
