@@ -119,7 +119,7 @@ def verify(
             differences += compare(output, stem, tensors, bar.update)
     if (output / "config.json").read_text() != source.model_config:
         differences.append("config.json is not the checkpoint's model_config.json")
-    differences = differences or find_damage(output, record)
+    differences = differences or find_damage(output, record, progress=progress)
     if differences:
         raise ValueError(f"{output} is not what {checkpoint} holds: {'; '.join(differences)}")
 
