@@ -102,3 +102,12 @@ def test_crc_finds_a_flipped_bit_of_a_tensor(checkpoint):
     damage = find_crc_damage(files)
     assert len(damage) == 2 and "does not match its CRC-32" in damage[0]
     assert all(file.name in line for file, line in zip(files[1:3], damage, strict=True))
+
+
+def test_a_key_that_may_be_none_has_to_be_there(checkpoint):
+    path = checkpoint / "generator" / "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    state = torch.load(path)
+    del state["frozen_param_shapes"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=f"{path} has no usable 'frozen_param_shapes'"):
+        ZeroCheckpoint(checkpoint / "generator")
