@@ -101,9 +101,13 @@ def wait_for_step(run: Path, step: int, launcher: subprocess.Popen, log: Path) -
 
 def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
     """The trainer's processes below the launcher, the loaders of their data left out."""
-    below = psutil.Process(launcher.pid).children(recursive=True)
-    with_rank = [p for p in below if "RANK" in p.environ() and "vqrae_ds.train" in p.cmdline()]
-    return [p for p in with_rank if p.ppid() not in {other.pid for other in with_rank}]
+    with_rank = {}
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it has just ended
+            if "RANK" in process.environ() and "vqrae_ds.train" in process.cmdline():
+                with_rank[process] = process.ppid()
+    pids = {process.pid for process in with_rank}
+    return [process for process, parent in with_rank.items() if parent not in pids]
 
 
 def make_inputs(folder: Path) -> None:

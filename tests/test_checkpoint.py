@@ -20,6 +20,7 @@ from tests.tiny import make_run, save_initial
 from tests.zero_files import seal
 from vqrae_ds import checkpoint, manifest
 from vqrae_ds.checkpoint import TrainState
+from vqrae_ds.checkpoint.names import local_root
 from vqrae_ds.config import Run
 
 
@@ -71,7 +72,40 @@ def test_a_damaged_or_unfinished_checkpoint_falls_back_to_the_one_before(run, ca
     assert checkpoint.find(run) == older
     assert "generator/state does not match its checksum" in caplog.text
     (older / "manifest.json").unlink()
-    assert checkpoint.find(run) is None
+    state.write_bytes(flipped(state.read_bytes()))
+    assert checkpoint.find(run) == newer
+
+
+@pytest.mark.parametrize("name", ["empty", "manifest.json"])
+def test_a_file_that_the_disk_does_not_give_back_falls_back_too(run, caplog, name):
+    older, newer = save_at(run, 1), save_at(run, 2)
+    (newer / "empty").touch()
+    seal(newer, step=2, world_size=1)
+    assert checkpoint.find(run) == newer
+    (newer / name).unlink()
+    (newer / name).symlink_to("/proc/self/mem")  # a file of no bytes that answers EIO
+    assert checkpoint.find(run) == older
+    assert f"passing over {newer}: " in caplog.text and "Input/output error" in caplog.text
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(run):
+    older, newer = save_at(run, 1), save_at(run, 2)
+    (older / "generator" / "state").unlink()
+    payload = manifest.read_sealed(newer / "manifest.json")
+    manifest.write_sealed(newer / "manifest.json", {**payload, "format_version": 99})
+    with pytest.raises(ValueError) as refused:
+        checkpoint.find(run)
+    for part in (
+        f"run.output_dir: {older.parent} holds no intact checkpoint",
+        "step_00000001: generator/state is missing",
+        "has format version 99, this code reads up to",
+        "choose another folder to begin again",
+    ):
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+    for folder in (older, newer):
+        (folder / "manifest.json").unlink()
+    assert checkpoint.find(run) is None, "without a manifest they do not exist"
 
 
 def test_an_interrupted_save_is_written_over(run):
@@ -123,13 +157,15 @@ def test_a_file_that_is_not_as_it_was_written_is_not_vouched_for(run):
 
 
 def test_damaged_later_ones_never_displace_the_one_just_written(run):
-    later = [save_at(run, step) for step in (30, 40)]
+    """They go once the run has gone on from the one before them."""
+    run = with_changes(run, "checkpoint", keep_last=3)
+    older, *later = [save_at(run, step) for step in (10, 30, 40)]
     for folder in later:
         (folder / "generator" / "state").write_text("damaged")
-    assert checkpoint.find(run) is None
-    again = [save_at(run, step) for step in (10, 20)]
-    assert [folder.exists() for folder in later + again] == [False, False, True, True]
-    assert checkpoint.find(run) == again[-1]
+    assert checkpoint.find(run) == older
+    again = save_at(run, 20)
+    assert [folder.exists() for folder in (older, *later, again)] == [1, 0, 0, 1]
+    assert checkpoint.find(run) == again
 
 
 def with_changes(run: Run, section: str, **changes) -> Run:
@@ -156,6 +192,20 @@ def test_a_checkpoint_without_its_configuration_is_held_to_the_model(run):
     assert checkpoint.find(with_changes(run, "model", legacy=False)) == folder
     with pytest.raises(ValueError, match="patch_size = 16 differs from 8 in .*model_config.json"):
         checkpoint.find(with_changes(run, "model", output_patch_size=16))
+
+
+def test_one_rank_of_a_node_prepares_its_disk_for_all(run, tmp_path, monkeypatch):
+    run = with_changes(run, "checkpoint", local_dir=str(tmp_path / "node"))
+    left = local_root(run) / "rank_00000" / "half"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    checkpoint.prepare_local_dir(run)
+    assert not (tmp_path / "node").exists(), "its neighbour may be emptying it"
+    left.mkdir(parents=True)
+    checkpoint.prepare_local_dir(run)
+    assert left.exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    checkpoint.prepare_local_dir(run)
+    assert list((tmp_path / "node").iterdir()) == [local_root(run)] and not left.parent.exists()
 
 
 def frozen_encoder(value: float) -> nn.Module:

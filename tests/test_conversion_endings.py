@@ -18,6 +18,7 @@ from tests.conftest import run_python, start_python
 from tests.zero_files import write_step
 from vqrae_ds.conversion.consolidate import consolidate, verify
 from vqrae_ds.conversion.output_folder import new_folder
+from vqrae_ds.conversion.record import RECORD_NAME
 
 TOOL = "tools/convert_checkpoint.py"
 
@@ -40,17 +41,45 @@ def wait_for_partial(output: Path, process: subprocess.Popen[str]) -> Path:
     return found[0].parent
 
 
+def wait_for_record(output: Path, process: subprocess.Popen[str]) -> Path:
+    """The folder of a conversion that is written, and to be verified."""
+    partial = wait_for_partial(output, process)
+    while not (partial / RECORD_NAME).exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+    return partial
+
+
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
+    ("number", "status", "wait", "options"),
+    [
+        (signal.SIGTERM, 143, wait_for_partial, []),
+        (signal.SIGINT, 130, wait_for_record, ["--verify"]),
+    ],
+    ids=["term_while_writing", "int_while_verifying"],
 )
-def test_an_interrupted_conversion_cleans_up(large, tmp_path, number, status):
+def test_an_interrupted_conversion_cleans_up(large, tmp_path, number, status, wait, options):
     output = tmp_path / "out"
-    process = start_python(TOOL, str(large), str(output), "--to", "inference")
-    wait_for_partial(output, process)
+    process = start_python(TOOL, str(large), str(output), "--to", "inference", *options)
+    wait(output, process)
     process.send_signal(number)
     _, error = process.communicate()
     assert process.returncode == status
     assert error.splitlines()[-1].startswith("error: ") and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_pass_its_verification_does_not_appear(large, tmp_path):
+    """A byte that the disk gives back otherwise than it was written."""
+    output = tmp_path / "out"
+    process = start_python(TOOL, str(large), str(output), "--to", "inference", "--verify")
+    path = wait_for_record(output, process) / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    _, error = process.communicate()
+    assert process.returncode == 2
+    assert "layer7 in model.safetensors differs from the checkpoint" in error.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,14 +126,16 @@ def test_what_another_conversion_still_writes_is_left_alone(large, tmp_path, cap
     partial = wait_for_partial(output, process)
     process.send_signal(signal.SIGSTOP)
     try:
-        with new_folder(output):
+        with new_folder(output) as ours:
             assert partial.is_dir() and "or still being written" in caplog.text
+            (ours / "file").write_text("ours")
     finally:
         process.send_signal(signal.SIGCONT)
         _, error = process.communicate()
     # The other one took the name: this one fails, and says why.
-    assert process.returncode in (0, 1), error
-    assert not partial.exists()
+    assert process.returncode == 1, error
+    assert f"error: {output} could not be written, nothing of it is left" in error
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """Random damage to every file of a checkpoint and of a conversion: all of it is found and named.
 
-`VQRAE_DAMAGE_DRILL=10000` makes that many flips and cuts in each folder instead of 100.
+A run falls back to the checkpoint before. `VQRAE_DAMAGE_DRILL=500` makes that many flips and cuts
+in each folder instead of 100.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -13,14 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from tests.tiny import make_run
-from tests.zero_files import seal, write_model_step
+from tests.tiny import make_run, save_initial
+from tests.zero_files import seal, write_model_step, write_split_step
 from vqrae_ds import checkpoint
+from vqrae_ds.config.resuming import record
 from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.conversion.inspection import inspect
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
-from vqrae_ds.manifest import complete_steps, read_manifest
+from vqrae_ds.manifest import complete_steps, frozen_file, hash_file, read_manifest
 
 NUMBER = int(os.environ.get("VQRAE_DAMAGE_DRILL", "100"))
 
@@ -41,10 +46,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return found
 
 
-def damaged_files(folder: Path, seed: int) -> Iterator[Path]:
+def damaged_files(*folders: Path, seed: int) -> Iterator[Path]:
     """Files that are damaged until the next is asked for; every file has its turn."""
     draw = random.Random(seed)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     for number in range(NUMBER):
         path = files[number % len(files)]
         intact = path.read_bytes()
@@ -64,6 +69,43 @@ def test_every_flip_and_cut_is_found_and_named(folders, kind):
         damage = inspect(folder, verify=True).damage
         assert any(path.name in line for line in damage), f"{path}: {damage}"
     assert inspect(folder, verify=True).damage == [], "the drill put everything back"
+
+
+def test_damage_to_the_frozen_weights_of_a_run_is_found_and_named(tmp_path):
+    step = write_split_step(tmp_path / "run")
+    assert inspect(step, verify=True).damage == []
+    for path in damaged_files(tmp_path / "run" / "frozen", step, seed=4):
+        damage = inspect(step, verify=True).damage
+        assert any(path.name in line for line in damage), f"{path}: {damage}"
+        with pytest.raises(ValueError, match=path.name):
+            consolidate(step, tmp_path / "out", to="inference")
+
+
+def test_a_run_falls_back_to_the_checkpoint_before_the_damaged_one(one_rank, tmp_path, caplog):
+    """Frozen weights are those of all its checkpoints: there is none before to fall back to."""
+    save_initial(tmp_path / "initial")
+    run = make_run(tmp_path, 1, world_size=1)
+    output = Path(run.config.run.output_dir)
+    (output / "frozen").mkdir(parents=True)
+    save_file({"vqrae.encoder.weight": torch.randn(5, 7)}, output / "frozen" / "new")
+    frozen = hash_file(output / "frozen" / "new")
+    (output / "frozen" / "new").rename(frozen_file(output, frozen))
+    older, newer = (checkpoint.step_folder(run, step) for step in (10, 20))
+    for step, folder in ((10, older), (20, newer)):
+        write_model_step(folder, step=step)
+        (folder / "run.json").write_text(json.dumps(record(run)))
+        seal(folder, step=step, world_size=2, frozen=frozen)
+    assert checkpoint.find(run) == newer
+    for path in damaged_files(newer, output / "frozen", seed=5):
+        caplog.clear()
+        if path.parent.name == "frozen":
+            with pytest.raises(ValueError, match=f"{path} .*all checkpoints of the run need it"):
+                checkpoint.find(run)
+            continue
+        assert checkpoint.find(run) == older
+        (line,) = caplog.messages
+        assert line.startswith(f"passing over {newer}: ") and path.name in line
+    assert checkpoint.find(run) == newer, "the drill put everything back"
 
 
 def test_a_damaged_checkpoint_is_not_converted(folders, tmp_path):

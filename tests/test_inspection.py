@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import shutil
+import struct
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -87,13 +93,17 @@ def test_the_report_adds_up(run):
     (line,) = (line for line in text.splitlines() if line.startswith("  all"))
     assert str(len(found.tensors)) in line and line.endswith(show_bytes(total))
     assert f"{sum(tensor.numel for tensor in found.tensors):,}" in line
-    assert [show_bytes(n) for n in (0, 999, 1000, 12_345_678, 6 * 10**12)] == [
-        "0 B",
-        "999 B",
-        "1 kB",
-        "12.3 MB",
-        "6000 GB",
-    ]
+    sizes = {
+        0: "0 B",
+        999: "999 B",
+        1000: "1 kB",
+        999_400: "999 kB",
+        12_345_678: "12.3 MB",
+        999_600_000: "1 GB",
+        999_600_000_000: "1000 GB",
+        6_543 * 10**9: "6543 GB",
+    }
+    assert {number: show_bytes(number) for number in sizes} == sizes
 
 
 def test_sizes_are_seen_at_once_and_flips_with_verify(run):
@@ -108,6 +118,27 @@ def test_sizes_are_seen_at_once_and_flips_with_verify(run):
     assert f"{path.name} has {len(content) - 1} bytes" in inspect(folder).damage[0]
     path.unlink()
     assert f"{path.name} is missing" in inspect(folder).damage[0]
+
+
+@pytest.mark.parametrize("kind", ["step", "converted", "foreign"])
+def test_a_bar_shows_the_bytes_that_are_checked(run, tmp_path, monkeypatch, kind):
+    folder = run / "checkpoints" / "step_00000020"
+    if kind == "converted":
+        consolidate(folder, tmp_path / "out", to="stage2")
+        folder = tmp_path / "out"
+    elif kind == "foreign":
+        (folder / "manifest.json").unlink()
+        folder = folder / "generator"
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with open(terminal, "w") as screen:
+        monkeypatch.setattr(sys, "stderr", screen)
+        assert inspect(folder, progress=True).damage == []
+        assert inspect(folder, verify=True, progress=True).damage == []
+        shown = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    found = re.findall(r"checking: +(\d+)%", shown)
+    assert (found[0], found[-1]) == ("0", "100")
 
 
 def test_a_converted_folder_and_its_damage(run, tmp_path):

@@ -94,11 +94,20 @@ def test_a_buffer_that_is_not_contiguous_is_read(checkpoint):
 
 def test_crc_finds_a_flipped_bit_of_a_tensor(checkpoint):
     files = sorted((checkpoint / "generator").glob("*.pt"))
-    assert list(find_crc_damage(files)) == []
+    assert find_crc_damage(files) == []
     content = files[1].read_bytes()
     place = content.index(TRAINED["vqrae.decoder.bias"][:5].numpy().tobytes())
     files[1].write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     files[2].write_bytes(files[2].read_bytes()[:-100])
-    damage = list(find_crc_damage(files))
+    damage = find_crc_damage(files)
     assert len(damage) == 2 and "does not match its CRC-32" in damage[0]
     assert all(file.name in line for file, line in zip(files[1:3], damage, strict=True))
+
+
+def test_a_key_that_may_be_none_has_to_be_there(checkpoint):
+    path = checkpoint / "generator" / "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    state = torch.load(path)
+    del state["frozen_param_shapes"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=f"{path} has no usable 'frozen_param_shapes'"):
+        ZeroCheckpoint(checkpoint / "generator")

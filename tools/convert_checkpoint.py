@@ -8,7 +8,7 @@ A checkpoint that plain DeepSpeed wrote has no checksums; it needs the model's d
   python tools/convert_checkpoint.py other_run model --to inference --model-config stage1.yaml
 
 exit status: 0 done, 1 the machine failed (a full disk), 2 a mistake or a damaged checkpoint;
-except for 0, no OUT is left.
+except for 0, no OUT is left: with --verify it appears when all of it has been compared.
 """
 
 from __future__ import annotations
@@ -61,11 +61,25 @@ def main() -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read OUT back, compare every element, and an image that goes through both models",
+        help="read back what was written, compare every element, and what both models make of an "
+        "image",
     )
     args = parser.parse_args()
 
     checkpoint = find_checkpoint(args.checkpoint)
+    notes = [f"{args.output}: {checkpoint} for {args.to}"]
+    if args.ema:
+        notes.append("moving averages")
+
+    def check(folder: Path) -> None:
+        # Imported here: the model's libraries take longer, and more memory, than a conversion.
+        from vqrae_ds.conversion.forward_check import compare_forward
+
+        verify(checkpoint, folder, model_config=args.model_config, progress=True)
+        skipped = compare_forward(checkpoint, folder, model_config=args.model_config)
+        forward = f"forward pass skipped: {skipped}" if skipped else "forward pass equal"
+        notes.append(f"verified: every element once and equal, {forward}")
+
     consolidate(
         checkpoint,
         args.output,
@@ -73,18 +87,10 @@ def main() -> None:
         dtype=_DTYPES[args.dtype],
         ema=args.ema,
         model_config=args.model_config,
+        check=check if args.verify else None,
         progress=True,
     )
-    notes = ", moving averages" if args.ema else ""
-    if args.verify:
-        # Imported here: the model's libraries take longer, and more memory, than a conversion.
-        from vqrae_ds.conversion.forward_check import compare_forward
-
-        verify(checkpoint, args.output, model_config=args.model_config, progress=True)
-        skipped = compare_forward(checkpoint, args.output, model_config=args.model_config)
-        forward = f"forward pass skipped: {skipped}" if skipped else "forward pass equal"
-        notes += f", verified: every element once and equal, {forward}"
-    print(f"{args.output}: {checkpoint} for {args.to}{notes}")
+    print(", ".join(notes))
 
 
 if __name__ == "__main__":

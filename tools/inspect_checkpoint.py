@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, with every tensor")
     args = parser.parse_args()
 
-    found = inspect(args.checkpoint, verify=args.verify)
+    found = inspect(args.checkpoint, verify=args.verify, progress=True)
     if args.json:
         print(as_json(found), end="")
     else:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,13 +67,15 @@ class Manifest(NamedTuple):
         return sum(record.size for record in self.files.values())
 
 
-def hash_file(path: Path) -> FileRecord:
-    """Read `path` once and return its size and digest."""
+def hash_file(path: Path, advance: Callable[[int], object] | None = None) -> FileRecord:
+    """Read `path` once and return its size and digest; `advance` is told the bytes of each read."""
     digest, size = xxhash.xxh3_128(), 0
     with open(path, "rb") as file:
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
             size += len(chunk)
+            if advance is not None:
+                advance(len(chunk))
     return FileRecord(size, digest.hexdigest())
 
 
@@ -105,13 +107,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of `folder`.
 
-    Raises `ValueError` when there is none (an interrupted save), when it cannot be understood, and
-    when it is of another step than the folder's name says.
+    Raises `ValueError` when there is none (an interrupted save), when the disk does not give it
+    back, when it cannot be understood, and when it is of another step than the folder's name says.
     """
     path = Path(folder) / MANIFEST_NAME
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {MANIFEST_NAME}: it is not a complete checkpoint")
     try:
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {MANIFEST_NAME}: it is not a complete checkpoint")
         payload = read_sealed(path)
         version = payload.pop("format_version")
         if version not in _READABLE_VERSIONS:
@@ -123,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
             payload["frozen"] = _frozen_record(payload["frozen"])
         payload["layout"] = Layout(**payload.get("layout", {"dp": payload["world_size"]}))
         manifest = Manifest(**payload)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable manifest: {error}") from error
     named = _STEP_FOLDER.fullmatch(Path(folder).resolve().name)
     if named and int(named[1]) != manifest.step:
@@ -173,19 +175,26 @@ def find_step_folders(path: Path) -> list[Path]:
     return complete
 
 
-def find_damage(folder: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:
-    """One line per missing, resized or altered file of `folder`; empty if it is intact.
+def find_damage(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    checksums: bool = True,
+    advance: Callable[[int], object] | None = None,
+) -> list[str]:
+    """One line per missing, resized, altered or unreadable file of `folder`; empty if it is intact.
 
-    The run's file of frozen weights counts as one of them.
+    The run's file of frozen weights counts as one of them. `advance` is as in `hash_file`.
     """
-    damage = find_damaged_files(folder, manifest.files, checksums=checksums)
+    options = {"checksums": checksums, "advance": advance}
+    damage = find_damaged_files(folder, manifest.files, **options)
     if manifest.frozen is not None:
         path = frozen_file(run_of(folder), manifest.frozen)
-        if not path.is_file():
+        if not os.path.lexists(path):
             damage.append(missing_frozen(path))
         else:
             files = {path.name: manifest.frozen}
-            found = find_damaged_files(path.parent, files, checksums=checksums)
+            found = find_damaged_files(path.parent, files, **options)
             damage += [f"{path.parent}/{line}" for line in found]
     return damage
 
@@ -199,19 +208,25 @@ def missing_frozen(path: Path) -> str:
 
 
 def find_damaged_files(
-    folder: Path, files: Mapping[str, FileRecord], *, checksums: bool = True
+    folder: Path,
+    files: Mapping[str, FileRecord],
+    *,
+    checksums: bool = True,
+    advance: Callable[[int], object] | None = None,
 ) -> list[str]:
     """As `find_damage`, of files by their paths relative to `folder`."""
     damage = []
     for name, record in files.items():
         path = Path(folder) / name
-        if not path.is_file():
-            damage.append(f"{name} is missing")
-        elif path.stat().st_size != record.size:
-            found = path.stat().st_size
-            damage.append(f"{name} has {found} bytes, the manifest says {record.size}")
-        elif checksums and hash_file(path) != record:
-            damage.append(f"{name} does not match its checksum")
+        try:
+            if not path.is_file():
+                damage.append(f"{name} is missing")
+            elif (found := path.stat().st_size) != record.size:
+                damage.append(f"{name} has {found} bytes, the manifest says {record.size}")
+            elif checksums and hash_file(path, advance) != record:
+                damage.append(f"{name} does not match its checksum")
+        except OSError as error:
+            damage.append(f"{name} cannot be read: {error}")
     return damage
 
 

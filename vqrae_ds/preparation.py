@@ -56,13 +56,15 @@ def prepare(
 
     `watchdog` hears of each part that begins. `stop_request` is obeyed by the loop; without it
     only the file of the run's folder is.
-    Raises `ValueError` where something that the run needs is missing or does not fit.
+    Raises `ValueError` where something that the run needs is missing or does not fit, and `OSError`
+    where the run's folder takes no more.
     """
     # Imported here, so that a mistake in the configuration does not wait for torch.
     from vqrae_ds import checkpoint, engines
     from vqrae_ds.calibration import calibrate
     from vqrae_ds.data.index import read_index
     from vqrae_ds.guard import Guard
+    from vqrae_ds.ranks import failing_together
     from vqrae_ds.sharding.ema import WeightAverage
     from vqrae_ds.stopping import StopVote
 
@@ -70,7 +72,8 @@ def prepare(
     watchdog = watchdog or watchdog_of(run, rank=0)
     timeout = timedelta(minutes=config.run.collective_timeout_minutes)
     ranks = engines.start(timeout, config.run.deterministic)
-    Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
+    with failing_together():
+        Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
     index = _read_training_index(config.data)
     validation = config.data.validation
     validation_index = None if validation is None else read_index(Path(validation))

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from vqrae_ds.command_line import USER_ERRORS
+
 
 def gather(mine: Any) -> list[Any]:
     """The objects of all ranks, in their order."""
@@ -28,17 +30,26 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """What fails on one rank fails on all: alone it would leave its peers waiting for it."""
+    """What fails on one rank fails on all: alone it would leave its peers waiting for it.
+
+    A user's mistake, or an error of the system, is raised on the others as the same; all else, our
+    own mistakes, as a `RuntimeError` with the number of the rank.
+    """
     own: Exception | None = None
     try:
         yield
     except Exception as error:
         own = error
-    kind = ValueError if isinstance(own, ValueError) else RuntimeError
-    failures = gather(own and (kind, str(own) if kind is ValueError else repr(own)))
-    if own is not None:
-        raise own
-    for rank, failure in enumerate(failures):
+    for failure in gather(own and _to_peers(own)):
+        if own is not None:
+            raise own
         if failure is not None:
             kind, text = failure
-            raise kind(text if kind is ValueError else f"rank {rank} failed: {text}")
+            raise kind(text)
+
+
+def _to_peers(error: Exception) -> tuple[type[Exception], str]:
+    for kind in (*USER_ERRORS, OSError):
+        if isinstance(error, kind):
+            return kind, str(error)
+    return RuntimeError, f"rank {dist.get_rank()} failed: {error!r}"

@@ -41,7 +41,7 @@ logger = logging.getLogger("vqrae_ds.train")
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on by itself; the message says why, and where its last checkpoint is."""
+    """The run cannot go on by itself, on all ranks alike; the message says why."""
 
 
 class Preempted(RuntimeError):
@@ -56,7 +56,10 @@ class MicroStep(NamedTuple):
 
 
 def main() -> None:
-    """Check, prepare, train. A user's mistake is one line and exit status 2, any failure 1."""
+    """Check, prepare, train. A user's mistake is one line and exit status 2, any failure 1.
+
+    So is a disk that is full, or gone, when the run begins.
+    """
     try:
         run, dry_run = parse_command_line()
     except ValueError as error:  # the same on every rank of a node: one of them says it
@@ -74,6 +77,8 @@ def main() -> None:
     except USER_ERRORS as error:
         logger.debug("the mistake was found here", exc_info=True)  # VQRAE_LOG_LEVEL=DEBUG shows it
         exit_with(error)
+    except OSError as error:
+        exit_with(error, status=1)
     try:
         train(run, setup)
     except TrainingStopped as stop:
@@ -88,22 +93,18 @@ def train(run: Run, setup: Setup) -> None:
 
     Raises, after a checkpoint, `TrainingStopped` where too many steps in a row had to be skipped,
     and `Preempted` where the run was asked to stop; the former also where the last checkpoint could
-    not be written.
+    not be written, and, before the first step, where the records of the run cannot.
     """
     from vqrae_ds import engines
     from vqrae_ds.checkpoint import Saver
-    from vqrae_ds.monitoring.monitor import Monitor
     from vqrae_ds.monitoring.profiler import StepProfiler
 
     config, (sizes, total_steps) = run.config, run.schedule
     guard, state, saver = setup.guard, setup.state, Saver(run)
     is_first, is_stopping = setup.ranks.rank == 0, setup.stop.at_once()
-    if is_first and state.step < total_steps:
-        record(run)
-        setup.stop.request.clear_marks()
     with (
         watchdog_of(run, setup.ranks.rank) as watchdog,
-        closing(Monitor(run, state.step)) as monitor,
+        closing(_begin_records(run, setup)) as monitor,
         closing(StepProfiler(run)) as profiler,
     ):
         while state.step < total_steps and not guard.must_stop() and not is_stopping:
@@ -182,6 +183,22 @@ def finish_step(setup: Setup, step: int) -> None:
         setup.objective.forget()
         setup.guard.step_skipped(step + 1)
         set_learning_rates(setup.generator, setup.discriminator, setup.objective.config, step + 1)
+
+
+def _begin_records(run: Run, setup: Setup) -> Monitor:
+    """The monitor, and in the run's folder what the run is, unless it is done already."""
+    from vqrae_ds.monitoring.monitor import Monitor
+    from vqrae_ds.ranks import failing_together
+
+    try:
+        with failing_together():
+            if setup.ranks.rank == 0 and setup.state.step < run.schedule.total_steps:
+                record(run)
+                setup.stop.request.clear_marks()
+            monitor = Monitor(run, setup.state.step)
+    except OSError as error:
+        raise TrainingStopped(f"the records of the run cannot be written: {error}") from error
+    return monitor
 
 
 def is_due(step: int, every: int, total: int) -> bool:

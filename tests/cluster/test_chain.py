@@ -20,7 +20,7 @@ def submit_chain(cluster: MiniCluster, folder: Path, out: Path, stage1: Path) ->
     files = [stage1, folder / "deepspeed.json", *runs.files_of(folder, 2)]
 
     options = f"--time=20 --output={folder}/{out.name}-%j.log"
-    env = runs.site(TRAIN_OPTIONS=f"--gres=none {options}", CONVERT_OPTIONS=options)
+    env = runs.site(TRAIN_OPTIONS=f"--gres=none {options}", CONVERT_OPTIONS=f"--mem=2000 {options}")
     command = ["bash", "launchers/slurm_chain.sh", out, *files, *runs.SETTINGS]
     done = cluster.run(CONTROLLER, *command, env=env)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tests.distributed import run_ranks
 from tests.zero_files import seal
 from vqrae_ds.conversion.consolidate import consolidate, verify
+from vqrae_ds.conversion.inspection import inspect
 from vqrae_ds.conversion.rank_checks import check_step_of_manifest, optimizer_steps
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 
@@ -203,6 +204,14 @@ def test_reads_what_the_engine_holds_and_what_deepspeed_reads(folder, engine):
     if "bf16" in engine:
         masters = torch.cat([checkpoint.read(name).reshape(-1) for name in trained])
         assert not torch.equal(masters, masters.bfloat16().float()), "these are not the masters"
+
+
+@pytest.mark.parametrize("case", DISCRIMINATORS)
+def test_the_inspection_knows_the_layout_of_every_optimizer(folder, case):
+    found = inspect(folder / "engines" / case, verify=True)
+    ranks = ZeroCheckpoint(folder / "engines" / case).num_ranks
+    assert found.facts["engine"] == f"ZeRO-{case[4]}, dp {ranks} x tp 1"
+    assert found.damage == []
 
 
 @pytest.mark.parametrize("case", GENERATORS)

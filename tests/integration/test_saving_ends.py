@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -92,6 +93,13 @@ def test_a_run_without_room_for_a_checkpoint_warns_goes_on_and_ends_with_status_
         assert len(lines) == 1 and lines[0].startswith("error: the weights after step 6, the last")
         assert "MB are needed and" in lines[0] and "so nothing was written" in lines[0]
         assert not list((disk / "run" / "checkpoints").glob("*"))
+
+        shutil.rmtree(disk / "run" / "frozen")
+        leave(disk, Level(num_bytes=0))
+        done = finish(folder, 1, *overrides)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-4000:]
+        lines = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+        assert len(lines) == 1 and "No space left on device" in lines.pop()
 
 
 def test_a_local_folder_that_cannot_be_had_is_a_mistake(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,16 +26,24 @@ def find(run: Run) -> Path | None:
     The ranks share the reading. Raises `ValueError` on every rank, before anything is built, where
     the newest one belongs to the other stage, or was written with a configuration that a resume
     must not change; and where the run's frozen weights are damaged, which no older checkpoint can
-    make up for. It may be of any number of ranks.
+    make up for. It may be of any number of ranks. Where there are checkpoints, and none is intact,
+    it raises as well: a run that began again would end by clearing away what may be mended.
     """
-    for folder in from_rank_0(lambda: manifest.complete_steps(checkpoints_folder(run))):
+    checkpoints, passed_over = checkpoints_folder(run), []
+    for folder in from_rank_0(lambda: _published(checkpoints)):
         if damage := _find_damage(folder):
+            passed_over.append(f"{folder.name}: {'; '.join(damage)}")
             logger.warning("passing over %s: %s", folder, "; ".join(damage))
             continue
         with failing_together():
             _check_fits(folder, run)
         _check_frozen(folder)
         return folder
+    if passed_over:
+        raise ValueError(
+            f"run.output_dir: {checkpoints} holds no intact checkpoint ({' | '.join(passed_over)}):"
+            " put copies in their places, or choose another folder to begin again"
+        )
     return None
 
 
@@ -67,6 +76,12 @@ def resolve_start(run: Run) -> Run:
     raise ValueError(f"init.from_run: {start} holds no intact checkpoint: {'; '.join(damage)}")
 
 
+def _published(checkpoints: Path) -> list[Path]:
+    """The step folders with a manifest, readable or not, newest first."""
+    folders = manifest.step_folders(checkpoints).values()
+    return [folder for folder in folders if os.path.lexists(folder / manifest.MANIFEST_NAME)]
+
+
 def _check_converted(folder: Path) -> None:
     """Raise `ValueError`, on every rank, where a converted folder is not as it was written."""
     if not from_rank_0(lambda: (folder / records.RECORD_NAME).is_file()):
@@ -83,11 +98,23 @@ def _check_converted(folder: Path) -> None:
 
 
 def _find_damage(folder: Path) -> list[str]:
-    """A line for each file in it that is not what the manifest says; each rank reads its share."""
-    found = from_rank_0(lambda: manifest.read_manifest(folder))
+    """A line for each file in it that is not what the manifest says; each rank reads its share.
+
+    It is the same on every rank. A manifest that cannot be read is all of the damage.
+    """
+    found = from_rank_0(lambda: _manifest_or_damage(folder))
+    if isinstance(found, str):
+        return [found]
     mine = dict(list(found.files.items())[dist.get_rank() :: dist.get_world_size()])
     found = found._replace(files=mine, frozen=None)
     return sum(gather(manifest.find_damage(folder, found)), [])
+
+
+def _manifest_or_damage(folder: Path) -> manifest.Manifest | str:
+    try:
+        return manifest.read_manifest(folder)
+    except ValueError as error:
+        return str(error)
 
 
 def _check_frozen(folder: Path) -> None:

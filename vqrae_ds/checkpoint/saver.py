@@ -108,15 +108,17 @@ def _check_space(run: Run, content: Content, *, on_nodes: bool = False) -> None:
 def prepare_local_dir(run: Run) -> None:
     """Empty the run's part of `checkpoint.local_dir` on every node, if it has one.
 
-    Raises `ValueError`, on all ranks together, where there is none to be had.
+    One rank of each node does it, while the others wait. Raises `ValueError`, on all ranks
+    together, where there is none to be had.
     """
     if run.config.checkpoint.local_dir is None:
         return
     root = local_root(run)
     with failing_together():
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return
+        shutil.rmtree(root, ignore_errors=True)  # of a run that was killed
         try:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                shutil.rmtree(root, ignore_errors=True)  # of a run that was killed
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.config.checking import check
 from vqrae_ds.config.files import read_json, read_recipe
+from vqrae_ds.conversion.progress import progress_bar
 from vqrae_ds.conversion.rank_checks import check_step_of_manifest, find_crc_damage
 from vqrae_ds.conversion.rank_files import (
     AVERAGE_FILES,
@@ -79,7 +80,9 @@ def is_foreign(folder: Path) -> bool:
     return not (folder / MANIFEST_NAME).is_file() and any(folder.glob(_OPTIMIZER_FILES))
 
 
-def open_source(folder: Path, model_config: Path | None) -> CheckpointSource:
+def open_source(
+    folder: Path, model_config: Path | None, *, progress: bool = False
+) -> CheckpointSource:
     """The checkpoint in `folder`, as `find_checkpoint` gives it, after every check of its files.
 
     `model_config` is a file for `read_model_config`, needed where no manifest is. Raises
@@ -90,7 +93,7 @@ def open_source(folder: Path, model_config: Path | None) -> CheckpointSource:
         if model_config is not None:
             raise ValueError(f"--model-config {model_config}: {folder} has its own {MODEL_CONFIG}")
         manifest = read_manifest(folder)
-        if damage := find_damage_of_checkpoint(folder, manifest):
+        if damage := find_damage_of_checkpoint(folder, manifest, progress=progress):
             raise ValueError(f"{folder} is damaged: {'; '.join(damage)}")
         return describe_source(folder, None)
     source = describe_source(folder, model_config)
@@ -99,7 +102,7 @@ def open_source(folder: Path, model_config: Path | None) -> CheckpointSource:
         "but the CRC-32 of each record, which is read now",
         folder,
     )
-    if damage := list(find_crc_damage(sorted(folder.glob("*_states.pt")))):
+    if damage := find_crc_damage(sorted(folder.glob("*_states.pt")), progress=progress):
         raise ValueError("; ".join(damage))
     return source
 
@@ -128,13 +131,15 @@ def describe_source(folder: Path, model_config: Path | None) -> CheckpointSource
 
 
 def find_damage_of_checkpoint(
-    folder: Path, manifest: Manifest, *, checksums: bool = True
+    folder: Path, manifest: Manifest, *, checksums: bool = True, progress: bool = False
 ) -> list[str]:
     """A line for each file of a step folder that is damaged, of another step, or not vouched for.
 
     Pickles that no conversion reads are looked into as well: one that is more than data is named.
     """
-    damage = find_damage(folder, manifest, checksums=checksums)
+    total = manifest.num_bytes + (manifest.frozen.size if manifest.frozen else 0)
+    with progress_bar(total, "checking", progress and checksums) as bar:
+        damage = find_damage(folder, manifest, checksums=checksums, advance=bar.update)
     found = (path for pattern in _COVERED for path in folder.glob(pattern))
     covered = {MODEL_CONFIG, *(path.relative_to(folder).as_posix() for path in found)}
     damage += [f"{name} is not in the manifest" for name in sorted(covered - manifest.files.keys())]

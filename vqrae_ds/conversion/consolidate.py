@@ -20,7 +20,7 @@ model's, or what has the trainer's prefix `vqrae.`, held to the shapes of `model
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -33,12 +33,8 @@ from vqrae_ds.conversion.checkpoint_source import (
     open_source,
     read_model_config,
 )
-from vqrae_ds.conversion.output_folder import (
-    check_free,
-    check_space,
-    new_folder,
-    progress_bar,
-)
+from vqrae_ds.conversion.output_folder import check_free, check_space, new_folder
+from vqrae_ds.conversion.progress import progress_bar
 from vqrae_ds.conversion.record import RECORD_NAME, Record, find_damage, read_record, write_record
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
@@ -60,6 +56,7 @@ def consolidate(
     ema: bool = False,
     model_config: Path | None = None,
     max_shard_bytes: int = 4 << 30,
+    check: Callable[[Path], object] | None = None,
     progress: bool = False,
 ) -> None:
     """Convert the folder `checkpoint` into the new folder `output`.
@@ -68,17 +65,17 @@ def consolidate(
     one that plain DeepSpeed wrote, and only there. With `ema` the moving averages of the trained
     weights are taken instead of the weights; the discriminator has none and stays as it is. Memory
     stays at a few MB whatever the size of the model. `output` appears, complete and synced, by a
-    rename at the end.
+    rename at the end; before it `check` may look at the folder under another name, and refuse it.
 
     Raises `ValueError`, before anything is written, when `output` is there or its disk too full,
     when `dtype` is not float32 (or bfloat16, for inference), when there is no average to take, and
-    when the checkpoint is incomplete or damaged, listing its damaged files. Raises `OSError` when
-    writing fails; then nothing of `output` is left.
+    when the checkpoint is incomplete or damaged, listing its damaged files. Raises what `check`
+    raises, and `OSError` when writing fails; then nothing of `output` is left.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_free(output)
     _check_request(to, dtype)
-    source = open_source(checkpoint, model_config)
+    source = open_source(checkpoint, model_config, progress=progress)
     if is_foreign(checkpoint):
         _check_fits_model(source, model_config)
     weights = _select_weights(source, to, dtype, ema)
@@ -96,6 +93,8 @@ def consolidate(
         sync(path)
         files[path.name] = hash_file(path)
         write_record(folder, _describe(source, to, dtype, ema, files))
+        if check is not None:
+            check(folder)
 
 
 def verify(
@@ -104,7 +103,7 @@ def verify(
     """Prove that `output` is the conversion of `checkpoint`: every tensor once, equal in every bit.
 
     Raises `ValueError` listing what differs. The checkpoint is not hashed again, so this is for
-    right after `consolidate`, which did.
+    `consolidate`, which did, as its `check`.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     record = read_record(output)
@@ -120,7 +119,7 @@ def verify(
             differences += compare(output, stem, tensors, bar.update)
     if (output / "config.json").read_text() != source.model_config:
         differences.append("config.json is not the checkpoint's model_config.json")
-    differences = differences or find_damage(output, record)
+    differences = differences or find_damage(output, record, progress=progress)
     if differences:
         raise ValueError(f"{output} is not what {checkpoint} holds: {'; '.join(differences)}")
 

@@ -6,8 +6,6 @@ that it loads by `VQRAE.from_pretrained`, and that no tensor took another's plac
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from vqrae_ds.conversion.checkpoint_source import describe_source
 from vqrae_ds.conversion.consolidate import DTYPES, model_prefix
+from vqrae_ds.conversion.free_memory import free_memory
 from vqrae_ds.conversion.record import read_record
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.models.vqrae import VQRAE, read_config
@@ -35,7 +34,7 @@ def compare_forward(
 ) -> str | None:
     """None where the codes and the pixels of a fixed random image are equal in every bit.
 
-    Where the model does not fit into this machine's free memory, says so instead. Raises
+    Where the model does not fit into the memory that this process may take, says so instead. Raises
     `ValueError` where they differ, and where `output` does not load. One model is there at a time.
     """
     record, config = read_record(output), read_config(output)
@@ -47,7 +46,7 @@ def compare_forward(
     with torch.device("meta"):
         model = VQRAE(config=config)
     needed = sum(t.numel() * dtype.itemsize for t in model.state_dict().values()) + _WORKING_BYTES
-    if needed > (free := _free_memory()):
+    if needed > (free := free_memory()):
         return f"it needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
     size = config.image_size
     image_13HW = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -77,12 +76,3 @@ def _fill(model: VQRAE, weights: ZeroCheckpoint, prefix: str, dtype: torch.dtype
 def _ask(model: VQRAE, image_13HW: Tensor) -> Answer:
     indices_1hw = model.encode_to_indices(image_13HW)
     return Answer(indices_1hw, model.decode_from_indices(indices_1hw))
-
-
-def _free_memory() -> int:
-    """Bytes that this machine can give without swapping; what its file cache holds counts."""
-    meminfo = Path("/proc/meminfo")  # Linux
-    found = meminfo.is_file() and re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-    if found:
-        return int(found[1]) << 10
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -80,18 +80,18 @@ class Inspection(NamedTuple):
     damage: list[str]
 
 
-def inspect(path: Path, *, verify: bool = False) -> Inspection:
+def inspect(path: Path, *, verify: bool = False, progress: bool = False) -> Inspection:
     """Look into what `path` means. With `verify` every byte is read and held to its checksum.
 
     Damage is listed, not raised. Raises `ValueError` where `path` is no folder of a known kind.
     """
     path = Path(path)
     if (path / RECORD_NAME).is_file() or any(path.glob("model*.safetensors")):
-        return _inspect_converted(path, verify)
+        return _inspect_converted(path, verify, progress)
     folder = _newest_incomplete(path) or find_checkpoint(path)
     if is_foreign(folder):
-        return _inspect_foreign(folder, verify)
-    return _inspect_step(folder, verify)
+        return _inspect_foreign(folder, verify, progress)
+    return _inspect_step(folder, verify, progress)
 
 
 def _newest_incomplete(path: Path) -> Path | None:
@@ -102,7 +102,7 @@ def _newest_incomplete(path: Path) -> Path | None:
     return max(steps, key=lambda step: (len(step.name), step.name))
 
 
-def _inspect_step(folder: Path, verify: bool) -> Inspection:
+def _inspect_step(folder: Path, verify: bool, progress: bool) -> Inspection:
     damage, facts = [], {"complete": "yes"}
     try:
         manifest = read_manifest(folder)
@@ -119,7 +119,7 @@ def _inspect_step(folder: Path, verify: bool) -> Inspection:
         if manifest.frozen is not None:
             file = frozen_file(run_of(folder), manifest.frozen)
             facts["frozen weights"] = f"{file}, {manifest.frozen.size:,} bytes"
-        damage += find_damage_of_checkpoint(folder, manifest, checksums=verify)
+        damage += find_damage_of_checkpoint(folder, manifest, checksums=verify, progress=progress)
     tensors: list[TensorEntry] = []
     for engine in (GENERATOR, DISCRIMINATOR):
         if not (folder / engine).is_dir():
@@ -135,9 +135,10 @@ def _inspect_step(folder: Path, verify: bool) -> Inspection:
     return Inspection(folder, what, facts, _group_files(folder), tensors, damage)
 
 
-def _inspect_foreign(folder: Path, verify: bool) -> Inspection:
+def _inspect_foreign(folder: Path, verify: bool, progress: bool) -> Inspection:
     facts: dict[str, str] = {"checksums": "none but the CRC-32 of each record"}
-    damage = list(find_crc_damage(sorted(folder.glob("*.pt")))) if verify else []
+    files = sorted(folder.glob("*.pt"))
+    damage = find_crc_damage(files, progress=progress) if verify else []
     tensors: list[TensorEntry] = []
     try:
         checkpoint = ZeroCheckpoint(folder)
@@ -152,7 +153,7 @@ def _inspect_foreign(folder: Path, verify: bool) -> Inspection:
     return Inspection(folder, what, facts, _group_files(folder), tensors, damage)
 
 
-def _inspect_converted(folder: Path, verify: bool) -> Inspection:
+def _inspect_converted(folder: Path, verify: bool, progress: bool) -> Inspection:
     facts, damage = {}, []
     if not (folder / RECORD_NAME).is_file():
         facts["checksums"] = f"none: it has no {RECORD_NAME}"
@@ -170,7 +171,7 @@ def _inspect_converted(folder: Path, verify: bool) -> Inspection:
                 "stage": str(record.stage or "not recorded"),
                 "versions": _join(record.versions),
             }
-            damage += records.find_damage(folder, record, checksums=verify)
+            damage += records.find_damage(folder, record, checksums=verify, progress=progress)
     tensors: list[TensorEntry] = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -199,7 +200,9 @@ def _layout(checkpoint: ZeroCheckpoint) -> str:
     """Data-parallel times tensor-parallel ranks; the reader takes none of the latter above 1."""
     file = checkpoint.files.optimizers[0]
     state = entry(load(file), "optimizer_state_dict", dict, file)
-    return f"ZeRO-{int(entry(state, 'zero_stage', int, file))}, dp {checkpoint.num_ranks} x tp 1"
+    # Only DeepSpeed's BF16_Optimizer leaves its stage out, and that one is ZeRO-1.
+    stage = int(entry({"zero_stage": 1, **state}, "zero_stage", int, file))
+    return f"ZeRO-{stage}, dp {checkpoint.num_ranks} x tp 1"
 
 
 def _group_files(folder: Path) -> dict[str, FileGroup]:

@@ -73,10 +73,13 @@ def summarize(tensors: Iterable[TensorEntry]) -> list[Line]:
 
 
 def show_bytes(number: int) -> str:
-    """A size to read: 3 digits and a decimal unit."""
+    """A size to read: 3 digits and a decimal unit, whole GB from 1000 on."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number // size} GB"
+        value = float(f"{number / size:.3g}")  # rounded first: 999.6 MB are 1 GB
+        if value >= 1000:
+            return f"{round(number / size)} {unit}"
+        if value >= 1:
+            return f"{value:.3g} {unit}"
     return f"{number} B"
 
 

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from vqrae_ds.manifest import sync
 
 logger = logging.getLogger(__name__)
@@ -87,9 +85,3 @@ def _remove_leftover(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             logger.warning("%s: left by an interrupted conversion, or still being written", folder)
-
-
-def progress_bar(total_bytes: int, what: str, visible: bool) -> tqdm:
-    """A progress bar in bytes on a terminal, a silent one otherwise."""
-    silent = None if visible else True
-    return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, disable=silent)

@@ -25,7 +25,8 @@ from vqrae_ds.conversion.encoder_layouts import (
     find_layout,
     find_origin,
 )
-from vqrae_ds.conversion.output_folder import check_free, new_folder, progress_bar
+from vqrae_ds.conversion.output_folder import check_free, new_folder
+from vqrae_ds.conversion.progress import progress_bar
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_model
 from vqrae_ds.conversion.source_weights import SourceWeights
 from vqrae_ds.manifest import write_json_atomically

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vqrae_ds.conversion.progress import progress_bar
 from vqrae_ds.conversion.rank_files import Files, Masters, entry, load
 
 
@@ -119,20 +120,24 @@ def check_stored(name: str, tensor: Any, folder: Path) -> None:
         )
 
 
-def find_crc_damage(files: Iterable[Path]) -> Iterator[str]:
+def find_crc_damage(files: Sequence[Path], *, progress: bool = False) -> list[str]:
     """A line for each file whose content is not that of the CRC-32 which PyTorch wrote beside it.
 
     All that there is where nobody kept checksums. It reads every byte.
     """
-    for file in files:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                record = archive.testzip()
-        except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            yield f"{file} cannot be read: {error}"
-        else:
-            if record is not None:
-                yield f"{file} is damaged: {record} does not match its CRC-32"
+    damage, sizes = [], [file.stat().st_size for file in files]
+    with progress_bar(sum(sizes), "checking", progress) as bar:
+        for file, size in zip(files, sizes, strict=True):
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    record = archive.testzip()
+            except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+                damage.append(f"{file} cannot be read: {error}")
+            else:
+                if record is not None:
+                    damage.append(f"{file} is damaged: {record} does not match its CRC-32")
+            bar.update(size)
+    return damage
 
 
 def _show(value: int | set[float]) -> str:

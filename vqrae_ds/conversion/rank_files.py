@@ -159,7 +159,8 @@ def _world_size(state: dict[str, Any], file: Path) -> int:
 
 def entry(state: Any, key: str, kind: type | tuple[type, ...], file: Path) -> Any:
     """`state[key]`. Raises `ValueError` where there is none of that kind."""
-    if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+    is_there = isinstance(state, dict) and key in state  # None may be a kind that is wanted
+    if not is_there or not isinstance(state[key], kind):
         raise ValueError(f"{file} has no usable {key!r}: it is not a file of a ZeRO checkpoint")
     return state[key]
 

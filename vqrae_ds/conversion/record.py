@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from vqrae_ds.conversion.progress import progress_bar
 from vqrae_ds.manifest import FileRecord, find_damaged_files, read_sealed, write_sealed
 
 RECORD_NAME = "conversion.json"
@@ -55,6 +56,10 @@ def read_record(folder: Path) -> Record:
         ) from error
 
 
-def find_damage(folder: Path, record: Record, *, checksums: bool = True) -> list[str]:
+def find_damage(
+    folder: Path, record: Record, *, checksums: bool = True, progress: bool = False
+) -> list[str]:
     """A line for each file that is not as it was written; empty where `folder` is intact."""
-    return find_damaged_files(folder, record.files, checksums=checksums)
+    total = sum(file.size for file in record.files.values())
+    with progress_bar(total, "checking", progress and checksums) as bar:
+        return find_damaged_files(folder, record.files, checksums=checksums, advance=bar.update)
