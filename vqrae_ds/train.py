@@ -121,17 +121,18 @@ def train(run: Run, setup: Setup) -> None:
             monitor.window.add_step(setup.generator.module.vqrae.quantizer)
             state = state._replace(step=state.step + 1, samples=state.samples + sizes.global_batch)
             is_stopping = setup.stop.count()
+            is_last = state.step == total_steps or guard.must_stop() or is_stopping
 
             if is_logged:
                 monitor.add_gradients(squares)
+            if is_logged or is_last:  # why a run ends is in its last steps
                 rates = engines.learning_rates(setup.generator, setup.discriminator)
-                numbers = _numbers(setup, saver)
-                guard.learn(monitor.log(state.step, state.samples, rates, numbers))
+                numbers, largest = _numbers(setup, saver), guard.largest()
+                guard.learn(monitor.log(state.step, state.samples, rates, numbers, largest))
             with monitor.paused():
                 is_validated = is_due(state.step, config.monitor.validate_every_steps, total_steps)
                 if is_validated and (not is_stopping or state.step == total_steps):
                     _validate(run, setup, monitor, watchdog, state.step)
-                is_last = state.step == total_steps or guard.must_stop() or is_stopping
                 if is_last or state.step % config.checkpoint.every_steps == 0:
                     watchdog.beat(f"the checkpoint after step {state.step}")
                     _save(setup, state, saver, is_last=is_last)
