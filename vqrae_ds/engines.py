@@ -24,6 +24,7 @@ from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from vqrae_ds import watchdog
 from vqrae_ds.attention import choose_attention
 from vqrae_ds.config import Run
 from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO
@@ -199,6 +200,7 @@ def fill_weights(model: TrainingModel, sources: dict[str, Source]) -> None:
     first_weights.poison(model, set(sources))
     failed: Exception | None = None  # of rank 0, raised when its peers are out of the loop too
     for module, own in tensors.items():
+        watchdog.progress()
         parameters = list(module.parameters(recurse=False))
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
             if dist.get_rank() == 0 and failed is None:

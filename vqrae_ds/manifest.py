@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from vqrae_ds import watchdog
+
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)  # in the first one all frozen weights were in the step folder
@@ -74,6 +76,7 @@ def hash_file(path: Path) -> FileRecord:
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
             size += len(chunk)
+            watchdog.progress()
     return FileRecord(size, digest.hexdigest())
 
 

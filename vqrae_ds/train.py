@@ -17,6 +17,7 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
 
+from vqrae_ds import watchdog
 from vqrae_ds.command_line import USER_ERRORS, end_process_after, exit_with
 from vqrae_ds.config import Run, describe, parse_command_line
 from vqrae_ds.preparation import (
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from vqrae_ds.checkpoint import Saver, TrainState
     from vqrae_ds.guard import Guard
     from vqrae_ds.monitoring.monitor import Monitor
-    from vqrae_ds.watchdog import Watchdog
 
 logger = logging.getLogger("vqrae_ds.train")
 
@@ -68,19 +68,20 @@ def main() -> None:
     _configure_logging(rank)
     stop_request = stop_request_of(run)
     stop_request.catch_signals()
-    try:
-        with watchdog_of(run, rank) as watchdog:
-            setup = prepare(run, watchdog, stop_request)
-    except USER_ERRORS as error:
-        logger.debug("the mistake was found here", exc_info=True)  # VQRAE_LOG_LEVEL=DEBUG shows it
-        exit_with(error)
-    try:
-        train(run, setup)
-    except TrainingStopped as stop:
-        exit_with(stop, silent=rank != 0, status=1)
-    except Preempted as stop:
-        logger.warning("%s", stop)
-        sys.exit(PREEMPTED_STATUS)
+    with watchdog_of(run, rank):
+        try:
+            setup = prepare(run, stop_request)
+        except USER_ERRORS as error:
+            # VQRAE_LOG_LEVEL=DEBUG shows it.
+            logger.debug("the mistake was found here", exc_info=True)
+            exit_with(error)
+        try:
+            train(run, setup)
+        except TrainingStopped as stop:
+            exit_with(stop, silent=rank != 0, status=1)
+        except Preempted as stop:
+            logger.warning("%s", stop)
+            sys.exit(PREEMPTED_STATUS)
 
 
 def train(run: Run, setup: Setup) -> None:
@@ -102,15 +103,14 @@ def train(run: Run, setup: Setup) -> None:
         record(run)
         setup.stop.request.clear_marks()
     with (
-        watchdog_of(run, setup.ranks.rank) as watchdog,
         closing(Monitor(run, state.step)) as monitor,
         closing(StepProfiler(run)) as profiler,
     ):
         while state.step < total_steps and not guard.must_stop() and not is_stopping:
-            watchdog.beat(f"step {state.step + 1}")
             is_logged = is_due(state.step + 1, config.monitor.log_every_steps, total_steps)
             with profiler.step(state.step + 1):
                 for micro in range(sizes.accumulation):
+                    watchdog.begin(f"step {state.step + 1}")
                     with monitor.waiting_for_data():
                         images = next(setup.batches).images_B3HW
                     images = images.to(setup.ranks.device, non_blocking=True)
@@ -132,9 +132,9 @@ def train(run: Run, setup: Setup) -> None:
             with monitor.paused():
                 is_validated = is_due(state.step, config.monitor.validate_every_steps, total_steps)
                 if is_validated and (not is_stopping or state.step == total_steps):
-                    _validate(run, setup, monitor, watchdog, state.step)
+                    _validate(run, setup, monitor, state.step)
                 if is_last or state.step % config.checkpoint.every_steps == 0:
-                    watchdog.beat(f"the checkpoint after step {state.step}")
+                    watchdog.begin(f"the checkpoint after step {state.step}")
                     _save(setup, state, saver, is_last=is_last)
         if is_first and not guard.must_stop() and saver.failure is None:
             setup.stop.request.leave_mark(is_done=state.step == total_steps)
@@ -190,7 +190,7 @@ def is_due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def _validate(run: Run, setup: Setup, monitor: Monitor, watchdog: Watchdog, step: int) -> None:
+def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
     from vqrae_ds.data.stream import evaluation_batches
     from vqrae_ds.evaluation.metrics import validate
 
@@ -225,6 +225,8 @@ def _save(setup: Setup, state: TrainState, saver: Saver, *, is_last: bool) -> No
         ema=setup.ema,
         extra={"guard": setup.guard.state(), "num_samples": setup.num_samples},
         pretrained=setup.pretrained,
+        # These may be the weights that the steps are skipped for.
+        replaces_old=setup.guard.skipped_in_a_row == 0,
     )
     if is_last:
         saver.save_last(content)
@@ -238,7 +240,9 @@ def _check_end(guard: Guard, saver: Saver, step: int) -> None:
         reason = f"{guard.skipped_in_a_row} steps in a row were skipped, the last: {guard.reason()}"
         if saver.failure is None:
             raise TrainingStopped(
-                f"{reason}. {saver.newest} holds the weights of the last step that was taken"
+                f"{reason}. {saver.newest} holds the weights of the last step that was taken. If "
+                "they are what is wrong, remove that folder: the same command then goes on from "
+                "the checkpoint before it"
             )
         raise TrainingStopped(f"{reason}. Its weights could not be saved: {saver.failure}")
     if saver.failure is not None:

@@ -11,7 +11,7 @@ import pytest
 from tests.launching import finish, make_inputs, ranks_of, started, wait_for_step, write_configs
 from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.evaluation.summary import read_metrics
-from vqrae_ds.manifest import find_step_folder, read_manifest
+from vqrae_ds.manifest import find_step_folder, find_step_folders, read_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,9 @@ def test_a_discriminator_that_explodes_ends_the_run_with_the_last_good_weights(f
         f"run.output_dir={run_folder}",
         "lr_multiplier.discriminator=1e7",
         "guard.max_skipped_steps=3",
-        "checkpoint.every_steps=1000",
+        "checkpoint.every_steps=8",
+        "checkpoint.keep_last=1",
+        "monitor.log_every_steps=7",
     ]
     done = finish(folder, 1, *overrides)
     assert done.returncode == 1, done.stderr[-4000:]
@@ -68,9 +70,12 @@ def test_a_discriminator_that_explodes_ends_the_run_with_the_last_good_weights(f
     assert len(lines) == 1 and "3 steps in a row were skipped" in lines[0]
     assert "gan/discriminator = " in lines[0] or "loss/adversarial = " in lines[0]
     checkpoint = find_step_folder(run_folder)
-    assert str(checkpoint) in lines[0]
+    assert f"{checkpoint} holds the weights" in lines[0] and "remove that folder" in lines[0]
+    before = run_folder / "checkpoints" / "step_00000008"
+    assert find_step_folders(run_folder) == [checkpoint, before], "nothing healthy went for it"
     steps = [e for e in read_metrics(run_folder) if "loss/total" in e]
-    assert steps[-1]["optim/skipped_steps"] == 3
+    assert [e["step"] % 7 == 0 for e in steps] == [True] * (len(steps) - 1) + [False]
+    assert steps[-1]["optim/skipped_steps"] == 3, "the last window is logged, whenever it ends"
     assert read_manifest(checkpoint).step == steps[-1]["step"]
     consolidate(checkpoint, folder / "exploded_weights", to="inference")
     good = [e["loss/reconstruction"] for e in steps]
