@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
+from tests.integration.test_memory_keys import BF16_STATES, NODE, ZERO3
 from tests.tiny import GAN, images_of, make_rank_folders, make_run, make_setup
 from vqrae_ds.guard import LARGEST
 from vqrae_ds.losses.perceptual import PerceptualLoss
@@ -31,7 +32,10 @@ ENGINES = {  # the guard builds on what each does with a gradient that is not fi
         "zero_force_ds_cpu_optimizer": False,
     },
     "zero3_x2": {"train_batch_size": 8},  # two micro batches a step, the first of them is bad
+    "zero3_bf16_states": {"bf16": {"enabled": True} | BF16_STATES},
     "moving_codes": {},  # the codebook of moving averages learns in the forward pass
+    # Last, for it makes groups of ranks for the rest of the process.
+    "zero3_hpz": {"zero_optimization": {**ZERO3, "zero_hpz_partition_size": NODE}},
 }
 
 
