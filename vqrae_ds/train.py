@@ -14,11 +14,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from vqrae_ds import watchdog
-from vqrae_ds.command_line import USER_ERRORS, end_process_after, exit_with
+from vqrae_ds.command_line import USER_ERRORS, end_process_after, exit_with, in_one_line
 from vqrae_ds.config import Run, describe, parse_command_line
 from vqrae_ds.preparation import (
     Setup,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vqrae_ds.train")
 
+T = TypeVar("T")
+
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on by itself; the message says why, and where its last checkpoint is."""
@@ -46,6 +49,10 @@ class TrainingStopped(RuntimeError):
 
 class Preempted(RuntimeError):
     """The run was asked to stop, and goes on when it is started again."""
+
+
+class DataFailed(RuntimeError):
+    """A rank cannot read its next images; the message names rank, shard and key."""
 
 
 class MicroStep(NamedTuple):
@@ -79,6 +86,8 @@ def main() -> None:
             train(run, setup)
         except TrainingStopped as stop:
             exit_with(stop, silent=rank != 0, status=1)
+        except DataFailed as failure:  # its peers wait in a collective: the launcher ends them
+            exit_with(failure)
         except Preempted as stop:
             logger.warning("%s", stop)
             sys.exit(PREEMPTED_STATUS)
@@ -89,7 +98,7 @@ def train(run: Run, setup: Setup) -> None:
 
     Raises, after a checkpoint, `TrainingStopped` where too many steps in a row had to be skipped,
     and `Preempted` where the run was asked to stop; the former also where the last checkpoint could
-    not be written.
+    not be written. `DataFailed` is raised on one rank alone, and without a checkpoint.
     """
     from vqrae_ds import engines
     from vqrae_ds.checkpoint import Saver
@@ -98,6 +107,7 @@ def train(run: Run, setup: Setup) -> None:
 
     config, (sizes, total_steps) = run.config, run.schedule
     guard, state, saver = setup.guard, setup.state, Saver(run)
+    batches = _naming(setup.ranks.rank, setup.batches)
     is_first, is_stopping = setup.ranks.rank == 0, setup.stop.at_once()
     if is_first and state.step < total_steps:
         record(run)
@@ -112,7 +122,7 @@ def train(run: Run, setup: Setup) -> None:
                 for micro in range(sizes.accumulation):
                     watchdog.begin(f"step {state.step + 1}")
                     with monitor.waiting_for_data():
-                        images = next(setup.batches).images_B3HW
+                        images = next(batches).images_B3HW
                     images = images.to(setup.ranks.device, non_blocking=True)
                     is_measured = is_logged and micro == sizes.accumulation - 1
                     terms, squares = micro_step(setup, images, state.step, measure=is_measured)
@@ -185,6 +195,14 @@ def finish_step(setup: Setup, step: int) -> None:
         set_learning_rates(setup.generator, setup.discriminator, setup.objective.config, step + 1)
 
 
+def _naming(rank: int, batches: Iterator[T]) -> Iterator[T]:
+    """`batches`, one of which may raise `DataFailed`."""
+    try:
+        yield from batches
+    except USER_ERRORS as error:
+        raise DataFailed(f"rank {rank}: {in_one_line(error)}") from error
+
+
 def is_due(step: int, every: int, total: int) -> bool:
     """Whether what happens every `every` steps, and after the last one, happens after `step`."""
     return step % every == 0 or step == total
@@ -203,6 +221,7 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
         rank=setup.ranks.rank,
         world_size=setup.ranks.world_size,
     )
+    batches = _naming(setup.ranks.rank, batches)
     batches = watchdog.watching(batches, f"the validation after step {step}")
     validation = validate(
         setup.generator,
