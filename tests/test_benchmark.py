@@ -111,6 +111,36 @@ def test_what_waits_for_the_device_is_counted(name):
     assert all(call.place.startswith("test_benchmark.py:") for call in counts.waits)
 
 
+class Event(torch.cuda.Event):
+    """One of CUDA's, that was recorded nowhere, and says of itself whether it is done."""
+
+    def __init__(self, is_done: bool) -> None:
+        self.is_done = is_done
+
+    def query(self) -> bool:
+        return self.is_done
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an event of CUDA is asked itself there")
+def test_an_event_is_waited_for_only_if_it_is_not_done():
+    synchronize = torch.cuda.Event.synchronize
+    for is_done, expected in ((False, 1), (True, 0)):
+        event = Event(is_done)
+        with counted("cpu") as counts:
+            event.synchronize()
+        assert counts.waits.total() == expected
+        assert all(call.place.startswith("test_benchmark.py:") for call in counts.waits)
+    assert torch.cuda.Event.synchronize is synchronize
+
+
+def test_waiting_for_the_device_is_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)  # there may be no GPU
+    with counted("cpu") as counts:
+        torch.cuda.synchronize()
+        torch.cuda.synchronize(CPU)
+    assert counts.waits.total() == 2
+
+
 def test_a_plain_training_step_neither_waits_nor_communicates():
     layer = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)

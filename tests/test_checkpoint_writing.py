@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from tests.disks import Level, leave, mounted
+from vqrae_ds.checkpoint import writing
 from vqrae_ds.checkpoint.writing import RankWriter
 from vqrae_ds.manifest import hash_file, list_files
+from vqrae_ds.watchdog import Watchdog
 
 STATE = {"weight": torch.arange(300_000).float(), "view": torch.randn(9)[2:5], "step": 3}
 FULL = Path("/dev/full")  # takes nothing
@@ -37,6 +39,27 @@ def test_what_is_written_is_what_torch_writes_and_what_is_recorded(writer):
         assert found["step"] == 3
         assert all(torch.equal(found[name], STATE[name]) for name in ("weight", "view"))
     assert (folder / "text").read_text() == "\N{GREEK SMALL LETTER ALPHA}\n" * 1000
+
+
+def test_a_file_is_synced_as_it_grows_and_each_piece_is_progress(writer, tmp_path, monkeypatch):
+    synced = []
+    sync = writing.os.fsync
+
+    def sync_and_note(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append((writing.os.fstat(descriptor).st_size, watchdog.since))
+
+    monkeypatch.setattr(writing.os, "fsync", sync_and_note)
+    monkeypatch.setattr(writing, "_SYNCED_BYTES", 1 << 18)
+    path = writer.folder / "state.pt"
+    with Watchdog(1000, tmp_path / "stacks", 0) as watchdog:
+        writer.save(STATE, path)
+    sizes, times = zip(*synced, strict=True)
+    assert len(sizes) == path.stat().st_size // (1 << 18) + 1 == 5
+    assert sizes[-1] == path.stat().st_size
+    assert list(times) == sorted(set(times)), "the watchdog heard of it between any two syncs"
+    assert writer.records["state.pt"] == hash_file(path)
+    assert torch.equal(torch.load(path)["weight"], STATE["weight"])
 
 
 @pytest.mark.parametrize("size", [1, 300_000])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.limits import small_files_only
 from tests.tiny import build_model, images_of, make_run, save_initial
 from vqrae_ds.config import Run
 from vqrae_ds.monitoring.profiler import FOLDER, StepProfiler
@@ -86,3 +87,13 @@ def test_a_window_after_the_end_is_said_to_have_no_effect(tmp_path, one_rank, ca
     with caplog.at_level(logging.WARNING, "vqrae_ds.monitoring.profiler"):
         StepProfiler(make_run(tmp_path, 1, world_size=1, run=sections))
     assert "no effect: the run has 10 steps" in caplog.text
+
+
+def test_a_full_disk_costs_the_trace_and_not_the_run(run, caplog):
+    profiler = StepProfiler(run)
+    with caplog.at_level(logging.WARNING, "vqrae_ds.monitoring.profiler"):
+        with small_files_only(0):
+            train(profiler, range(1, 6))
+            profiler.close()
+    assert traced(run) == []
+    assert "was not written: " in caplog.text and "File too large" in caplog.text

@@ -75,8 +75,13 @@ def _unwind(number: int, frame: FrameType | None) -> NoReturn:
 def exit_with(error: Exception, *, silent: bool = False, status: int = 2) -> NoReturn:
     """Say what is wrong, unless a peer says the same, and exit with `status`."""
     if not silent:
-        message = str(error).strip()
-        if "Original Traceback" in message:  # how torch passes on what went wrong in a worker
-            message = message.splitlines()[-1].partition(": ")[2]
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        sys.stderr.write(f"error: {in_one_line(error)}\n")
     sys.exit(status)
+
+
+def in_one_line(error: Exception) -> str:
+    """The message of an error, that of the worker it happened in if it was passed on by torch."""
+    message = str(error).strip()
+    if "Original Traceback" in message:
+        message = message.splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split())

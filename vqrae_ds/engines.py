@@ -24,6 +24,7 @@ from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from vqrae_ds import watchdog
 from vqrae_ds.attention import choose_attention
 from vqrae_ds.config import Run
 from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO
@@ -113,11 +114,39 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
 
     Raises `ValueError`, on all ranks together, for weight files that do not fit or are damaged.
     """
+    config, model = run.config, build_model(run)
+    sources: dict[str, Source] = {}
+    if fill:
+        with failing_together():
+            sources = first_weights.find_sources(model, config)
+        fill_weights(model, sources)
+    else:
+        first_weights.poison(model, set(model.state_dict()))
+    if config.memory.frozen_encoder == "resident":
+        device = torch.device(deepspeed.get_accelerator().current_device_name())
+        dtype = torch.bfloat16 if run.bf16 else torch.float32
+        resident.take_out(model, gathered, device, dtype)
+    groups = parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
+    if fill:
+        resident.check_filled(model)
+    if _has_fp32_masters_of_bf16(run):
+        with failing_together():
+            _set_masters(engine, sources)
+    set_learning_rate(engine, 0)  # else DeepSpeed takes the first step at 0 and is late by one
+    return engine
+
+
+def build_model(run: Run) -> TrainingModel:
+    """The generator's module, under ZeRO-3 in partitions, before its weights are set.
+
+    `fill_weights` sets them.
+    """
     config, memory = run.config, run.config.memory
     attention = choose_attention(on_gpu=_on_gpu(), bf16=run.bf16)
     torch.manual_seed(config.run.seed)
     # A module is partitioned as soon as it is built, so no process ever holds two of them whole;
-    # nothing is drawn, because all is set below.
+    # nothing is drawn, because all is set later.
     with no_init_weights(), uninitialized_is_nan(), _partitioned(run.deepspeed):
         vqrae = VQRAE(
             config=config.model,
@@ -134,26 +163,7 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     for buffer in model.buffers():
         if buffer.is_floating_point():  # zero.Init built them in the parameters' dtype
             buffer.data = buffer.data.float()
-    sources: dict[str, Source] = {}
-    if fill:
-        with failing_together():
-            sources = first_weights.find_sources(model, config)
-        fill_weights(model, sources)
-    else:
-        first_weights.poison(model, set(model.state_dict()))
-    if memory.frozen_encoder == "resident":
-        device = torch.device(deepspeed.get_accelerator().current_device_name())
-        dtype = torch.bfloat16 if run.bf16 else torch.float32
-        resident.take_out(model, gathered, device, dtype)
-    groups = parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
-    if fill:
-        resident.check_filled(model)
-    if _has_fp32_masters_of_bf16(run):
-        with failing_together():
-            _set_masters(engine, sources)
-    set_learning_rate(engine, 0)  # else DeepSpeed takes the first step at 0 and is late by one
-    return engine
+    return model
 
 
 def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | None:
@@ -199,6 +209,7 @@ def fill_weights(model: TrainingModel, sources: dict[str, Source]) -> None:
     first_weights.poison(model, set(sources))
     failed: Exception | None = None  # of rank 0, raised when its peers are out of the loop too
     for module, own in tensors.items():
+        watchdog.progress()
         parameters = list(module.parameters(recurse=False))
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
             if dist.get_rank() == 0 and failed is None:

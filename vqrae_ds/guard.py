@@ -1,9 +1,13 @@
 """Which steps are not taken: those with a loss that is not finite, or that jumped, on any rank.
 
-Nothing is reduced and nothing read back for it. A rank that finds a bad loss, on the device, turns
-its loss into NaN; DeepSpeed skips a step whose gradient is not finite on all ranks together, and
-the guard looks for the culprit only then. The generator steps first: where the discriminator's own
-loss is unsound, only the discriminator's step is skipped.
+Between logged steps nothing is reduced and nothing read back for it. A rank that finds a bad loss,
+on the device, turns its loss into NaN; DeepSpeed skips a step whose gradient is not finite on all
+ranks together, and the guard looks for the culprit only then. The generator steps first: where the
+discriminator's own loss is unsound, only the discriminator's step is skipped.
+
+One micro batch of one rank is judged, and with few images in it a healthy one may lie far above the
+mean: the squared error of single images spreads over two orders of magnitude. So a jump is one over
+the largest healthy micro batch that any rank saw lately, and not over the mean.
 """
 
 from __future__ import annotations
@@ -21,16 +25,23 @@ from vqrae_ds.ranks import gather
 
 logger = logging.getLogger(__name__)
 
-# Losses whose level is steady enough to know a jump by, with the least level that is assumed:
-# pixels and LPIPS have none; the margin of the hinge losses is 1.
+# Losses whose level is steady enough to know a jump by, with the least level that is assumed: the
+# margin of the hinge losses is 1, the others have none. All other terms need only be finite.
 WATCHED = {
     "loss/reconstruction": 0.0,
     "loss/perceptual": 0.0,
+    "loss/convnext": 0.0,
+    "loss/quantizer": 0.0,
     "loss/adversarial": 1.0,
     "gan/discriminator": 1.0,
 }
+LARGEST = "_largest"  # ends the name under which a logged step has the largest healthy value
+# What is left of a level after a logged window. Slow, for a window of few micro batches knows
+# little of their spread: a fall of the loss by ten is followed in some twenty windows.
+KEPT = 0.9
+SKIPPED_SHARE = 0.01  # of a window's steps: more of them are a reason to look
 DERIVED = ("loss/total", "gan/adaptive_weight")  # not finite because something else is not
-LARGEST = torch.finfo(torch.float32).max
+UNLIMITED = torch.finfo(torch.float32).max
 
 
 class Culprit(NamedTuple):
@@ -54,11 +65,14 @@ class Guard:
 
     def __init__(self, config: GuardConfig, state: Mapping[str, Any] | None = None) -> None:
         self.config = config
-        self.means: dict[str, float] = dict(state["means"]) if state else {}  # of `WATCHED`
-        self.skipped_steps: int = state["skipped_steps"] if state else 0
+        state = state or {}
+        self.levels: dict[str, float] = dict(state.get("levels", {}))  # of `WATCHED`
+        self.skipped_steps: int = state.get("skipped_steps", 0)
         self.skipped_in_a_row = 0
         self.culprits: list[Culprit] = []  # of the last step that was skipped
         self._limits: dict[tuple[str, ...], Tensor] = {}
+        self._largest: dict[tuple[str, ...], Tensor] = {}  # of this rank since the last window
+        self._taken_in_window, self._skipped_in_window = 0, 0
         self._seen: list[tuple[tuple[str, ...], Tensor]] = []  # the terms of the current step
 
     def judge(self, terms: Mapping[str, Tensor]) -> Tensor:
@@ -67,30 +81,47 @@ class Guard:
         A term is sound if it is finite and, being one of `WATCHED`, below its limit.
         """
         names = tuple(terms)
-        values = torch.stack([value.float() for value in terms.values()])
+        values_T = torch.stack([value.float() for value in terms.values()])
         if names not in self._limits:
             limits = torch.tensor([self.limit(name) for name in names])
-            self._limits[names] = limits.to(values.device, non_blocking=True)
-        self._seen.append((names, values))
-        is_sound = (values.abs() <= self._limits[names]).all()  # no comparison holds for NaN
+            self._limits[names] = limits.to(values_T.device, non_blocking=True)
+        self._seen.append((names, values_T))
+        is_sound = (values_T.abs() <= self._limits[names]).all()  # no comparison holds for NaN
+        healthy_T = torch.where(is_sound, values_T.abs(), 0.0)
+        known_T = self._largest.get(names, healthy_T)
+        self._largest[names] = torch.maximum(known_T, healthy_T)
         return torch.where(is_sound, 1.0, math.nan)
 
     def limit(self, name: str) -> float:
         """The largest sound magnitude of a term: none where its level is not known yet."""
-        level = max(self.means.get(name, 0.0), WATCHED.get(name, 0.0))
+        level = max(self.levels.get(name, 0.0), WATCHED.get(name, 0.0))
         if self.config.spike_factor is None or level == 0:
-            return LARGEST
-        return min(self.config.spike_factor * level, LARGEST)
+            return UNLIMITED
+        return min(self.config.spike_factor * level, UNLIMITED)
+
+    def largest(self) -> dict[str, Tensor]:
+        """The largest magnitude of each of `WATCHED` in this rank's sound micro batches.
+
+        Since the last window, on the device; 0 where none was sound. The same names on all ranks.
+        """
+        found: dict[str, Tensor] = {}
+        for names, values_T in self._largest.items():
+            for name, value in zip(names, values_T.unbind(), strict=True):
+                if name in WATCHED:
+                    found[name] = torch.maximum(found.get(name, value), value)
+        return found
 
     def step_taken(self) -> None:
         """All optimizers took the step."""
         self.skipped_in_a_row = 0
+        self._taken_in_window += 1
         self._seen.clear()
 
     def step_skipped(self, step: int) -> None:
         """An optimizer skipped the step, on all ranks; every rank calls it. Names the culprits."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
+        self._skipped_in_window += 1
         mine = [
             (name, value, limit)
             for names, values in self._seen
@@ -117,20 +148,26 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON can hold it."""
-        return {"means": self.means, "skipped_steps": self.skipped_steps}
+        return {"levels": self.levels, "skipped_steps": self.skipped_steps}
 
     def learn(self, entry: Mapping[str, float]) -> None:
-        """Take over the means of a logged window, the same on every rank.
+        """End a window with what was logged of it, the same on every rank.
 
-        Half the old mean and half the new, which counts for no more than a jump: one outlier does
-        not lift the limit for long. A new level that stays is accepted after a few windows, if the
-        run has not ended before: then it is for the user to raise `guard.spike_factor`.
+        `entry` has `largest`, over all ranks, under names that end in `LARGEST`. A level rises at
+        once and falls slowly. What was skipped is not in it: a new level that stays, beyond the
+        limit, ends the run, and it is for the user to raise `guard.spike_factor`.
         """
-        for name in WATCHED.keys() & entry.keys():
-            new = abs(entry[name])
-            if not math.isfinite(new):
-                continue
-            old = self.means.get(name, new)
-            largest = (self.config.spike_factor or math.inf) * max(old, WATCHED[name])
-            self.means[name] = (old + min(new, largest)) / 2
+        for name in WATCHED:
+            new = entry.get(name + LARGEST, 0.0)
+            if new > 0:  # else there was no sound micro batch with this term
+                self.levels[name] = max(new, KEPT * self.levels.get(name, 0.0))
+        skipped, steps = self._skipped_in_window, self._skipped_in_window + self._taken_in_window
+        if skipped > max(SKIPPED_SHARE * steps, 1):  # a single one has been warned of
+            logger.warning(
+                "%d of the last %d steps were skipped: if these losses are healthy, raise "
+                "guard.spike_factor = %s",
+                *(skipped, steps, self.config.spike_factor),
+            )
+        self._taken_in_window = self._skipped_in_window = 0
         self._limits.clear()
+        self._largest.clear()

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from vqrae_ds import watchdog
+
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, 2)  # in the first one all frozen weights were in the step folder
@@ -76,6 +78,7 @@ def hash_file(path: Path, advance: Callable[[int], object] | None = None) -> Fil
             size += len(chunk)
             if advance is not None:
                 advance(len(chunk))
+            watchdog.progress()
     return FileRecord(size, digest.hexdigest())
 
 

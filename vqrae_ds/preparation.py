@@ -12,9 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vqrae_ds import watchdog
 from vqrae_ds.config import DataConfig, LossConfig, Run
 from vqrae_ds.stopping import StopRequest
-from vqrae_ds.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from vqrae_ds.checkpoint import TrainState
@@ -49,13 +49,10 @@ class Setup(NamedTuple):
     pretrained: FileRecord | None = None  # the run's file of frozen pretrained weights
 
 
-def prepare(
-    run: Run, watchdog: Watchdog | None = None, stop_request: StopRequest | None = None
-) -> Setup:
+def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     """Read the data's index, build the engines, and load what there is to go on from.
 
-    `watchdog` hears of each part that begins. `stop_request` is obeyed by the loop; without it
-    only the file of the run's folder is.
+    `stop_request` is obeyed by the loop; without it only the file of the run's folder is.
     Raises `ValueError` where something that the run needs is missing or does not fit, and `OSError`
     where the run's folder takes no more.
     """
@@ -69,7 +66,6 @@ def prepare(
     from vqrae_ds.stopping import StopVote
 
     config = run.config
-    watchdog = watchdog or watchdog_of(run, rank=0)
     timeout = timedelta(minutes=config.run.collective_timeout_minutes)
     ranks = engines.start(timeout, config.run.deterministic)
     with failing_together():
@@ -79,17 +75,17 @@ def prepare(
     validation_index = None if validation is None else read_index(Path(validation))
 
     checkpoint.prepare_local_dir(run)
-    watchdog.beat("the search for a checkpoint")
+    watchdog.begin("the search for a checkpoint")
     folder = checkpoint.find(run)  # the first of the starting points of config.InitConfig
     if folder is None:
         run = checkpoint.resolve_start(run)
-    watchdog.beat("the building of the engines")
+    watchdog.begin("the building of the engines")
     generator = engines.build_generator(run, fill=folder is None)
     discriminator = engines.build_discriminator(run, fill=folder is None)
     ema = None if config.ema is None else WeightAverage(generator, config.ema.decay)
     state, extra, pretrained = checkpoint.TrainState(), {}, None
     if folder is not None:
-        watchdog.beat(f"the loading of {folder}")
+        watchdog.begin(f"the loading of {folder}")
         state, extra, pretrained = checkpoint.resume(
             folder, generator, discriminator, ema, seed=config.run.seed
         )
@@ -100,7 +96,7 @@ def prepare(
         images = watchdog.watching(images, "the calibration")
         calibrate(generator, images, config.run.calibration_images, ranks.device)
     if pretrained is None:
-        watchdog.beat("the writing of the frozen weights")
+        watchdog.begin("the writing of the frozen weights")
         pretrained = checkpoint.write_pretrained(run, generator)
     checkpoint.warn_of_shortage(run, generator, discriminator, ema)
     stop = StopVote(stop_request or stop_request_of(run), ranks.rank, ranks.device)
@@ -122,10 +118,10 @@ def prepare(
     )
 
 
-def watchdog_of(run: Run, rank: int) -> Watchdog:
+def watchdog_of(run: Run, rank: int) -> watchdog.Watchdog:
     """The watchdog of a rank; it watches as a context."""
     folder = Path(run.config.run.output_dir) / "stacks"
-    return Watchdog(run.config.guard.no_progress_seconds, folder, rank)
+    return watchdog.Watchdog(run.config.guard.no_progress_seconds, folder, rank)
 
 
 def stop_request_of(run: Run) -> StopRequest:

@@ -1,8 +1,9 @@
 """Ends a run before its last step, with a checkpoint, where a signal or a file asks for it.
 
 A handler only notes the signal. Whether to stop is agreed upon by all ranks, for one that left
-alone would leave its peers waiting: each small reduction of a step carries the wishes along, and
-nothing waits for the outcome, which counts at the end of the next step.
+alone would leave its peers waiting: each small reduction of a step carries the wishes along. The
+outcome counts at the end of the next step. On a GPU it is there by then: only a host that is a
+whole step ahead of its device has to wait for it, and DeepSpeed's own steps let no host be.
 
 How a run ends, and what it leaves in its folder for a batch script, to which no exit status of a
 rank may get through:
@@ -77,7 +78,8 @@ class StopRequest:
 class StopVote:
     """The ranks' agreement to stop, at the price of a fifth number in a reduction of four.
 
-    Where a step has reduced nothing else, a reduction of its own runs beside the next step.
+    Where a step has reduced nothing else, a reduction of its own runs beside the next step; on CPUs
+    it is waited for at the end of that one.
     """
 
     def __init__(self, request: StopRequest, rank: int, device: torch.device) -> None:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from vqrae_ds.command_line import USER_ERRORS, end_process_after, exit_with
+from vqrae_ds import watchdog
+from vqrae_ds.command_line import USER_ERRORS, end_process_after, exit_with, in_one_line
 from vqrae_ds.config import Run, describe, parse_command_line
 from vqrae_ds.preparation import (
     Setup,
@@ -35,9 +37,10 @@ if TYPE_CHECKING:
     from vqrae_ds.checkpoint import Saver, TrainState
     from vqrae_ds.guard import Guard
     from vqrae_ds.monitoring.monitor import Monitor
-    from vqrae_ds.watchdog import Watchdog
 
 logger = logging.getLogger("vqrae_ds.train")
+
+T = TypeVar("T")
 
 
 class TrainingStopped(RuntimeError):
@@ -46,6 +49,10 @@ class TrainingStopped(RuntimeError):
 
 class Preempted(RuntimeError):
     """The run was asked to stop, and goes on when it is started again."""
+
+
+class DataFailed(RuntimeError):
+    """A rank cannot read its next images; the message names rank, shard and key."""
 
 
 class MicroStep(NamedTuple):
@@ -71,21 +78,24 @@ def main() -> None:
     _configure_logging(rank)
     stop_request = stop_request_of(run)
     stop_request.catch_signals()
-    try:
-        with watchdog_of(run, rank) as watchdog:
-            setup = prepare(run, watchdog, stop_request)
-    except USER_ERRORS as error:
-        logger.debug("the mistake was found here", exc_info=True)  # VQRAE_LOG_LEVEL=DEBUG shows it
-        exit_with(error)
-    except OSError as error:
-        exit_with(error, status=1)
-    try:
-        train(run, setup)
-    except TrainingStopped as stop:
-        exit_with(stop, silent=rank != 0, status=1)
-    except Preempted as stop:
-        logger.warning("%s", stop)
-        sys.exit(PREEMPTED_STATUS)
+    with watchdog_of(run, rank):
+        try:
+            setup = prepare(run, stop_request)
+        except USER_ERRORS as error:
+            # VQRAE_LOG_LEVEL=DEBUG shows it.
+            logger.debug("the mistake was found here", exc_info=True)
+            exit_with(error)
+        except OSError as error:
+            exit_with(error, status=1)
+        try:
+            train(run, setup)
+        except TrainingStopped as stop:
+            exit_with(stop, silent=rank != 0, status=1)
+        except DataFailed as failure:  # its peers wait in a collective: the launcher ends them
+            exit_with(failure)
+        except Preempted as stop:
+            logger.warning("%s", stop)
+            sys.exit(PREEMPTED_STATUS)
 
 
 def train(run: Run, setup: Setup) -> None:
@@ -93,7 +103,8 @@ def train(run: Run, setup: Setup) -> None:
 
     Raises, after a checkpoint, `TrainingStopped` where too many steps in a row had to be skipped,
     and `Preempted` where the run was asked to stop; the former also where the last checkpoint could
-    not be written, and, before the first step, where the records of the run cannot.
+    not be written, and, before the first step, where the records of the run cannot. `DataFailed` is
+    raised on one rank alone, and without a checkpoint.
     """
     from vqrae_ds import engines
     from vqrae_ds.checkpoint import Saver
@@ -101,19 +112,19 @@ def train(run: Run, setup: Setup) -> None:
 
     config, (sizes, total_steps) = run.config, run.schedule
     guard, state, saver = setup.guard, setup.state, Saver(run)
+    batches = _naming(setup.ranks.rank, setup.batches)
     is_first, is_stopping = setup.ranks.rank == 0, setup.stop.at_once()
     with (
-        watchdog_of(run, setup.ranks.rank) as watchdog,
         closing(_begin_records(run, setup)) as monitor,
         closing(StepProfiler(run)) as profiler,
     ):
         while state.step < total_steps and not guard.must_stop() and not is_stopping:
-            watchdog.beat(f"step {state.step + 1}")
             is_logged = is_due(state.step + 1, config.monitor.log_every_steps, total_steps)
             with profiler.step(state.step + 1):
                 for micro in range(sizes.accumulation):
+                    watchdog.begin(f"step {state.step + 1}")
                     with monitor.waiting_for_data():
-                        images = next(setup.batches).images_B3HW
+                        images = next(batches).images_B3HW
                     images = images.to(setup.ranks.device, non_blocking=True)
                     is_measured = is_logged and micro == sizes.accumulation - 1
                     terms, squares = micro_step(setup, images, state.step, measure=is_measured)
@@ -122,19 +133,20 @@ def train(run: Run, setup: Setup) -> None:
             monitor.window.add_step(setup.generator.module.vqrae.quantizer)
             state = state._replace(step=state.step + 1, samples=state.samples + sizes.global_batch)
             is_stopping = setup.stop.count()
+            is_last = state.step == total_steps or guard.must_stop() or is_stopping
 
             if is_logged:
                 monitor.add_gradients(squares)
+            if is_logged or is_last:  # why a run ends is in its last steps
                 rates = engines.learning_rates(setup.generator, setup.discriminator)
-                numbers = _numbers(setup, saver)
-                guard.learn(monitor.log(state.step, state.samples, rates, numbers))
+                numbers, largest = _numbers(setup, saver), guard.largest()
+                guard.learn(monitor.log(state.step, state.samples, rates, numbers, largest))
             with monitor.paused():
                 is_validated = is_due(state.step, config.monitor.validate_every_steps, total_steps)
                 if is_validated and (not is_stopping or state.step == total_steps):
-                    _validate(run, setup, monitor, watchdog, state.step)
-                is_last = state.step == total_steps or guard.must_stop() or is_stopping
+                    _validate(run, setup, monitor, state.step)
                 if is_last or state.step % config.checkpoint.every_steps == 0:
-                    watchdog.beat(f"the checkpoint after step {state.step}")
+                    watchdog.begin(f"the checkpoint after step {state.step}")
                     _save(setup, state, saver, is_last=is_last)
         if is_first and not guard.must_stop() and saver.failure is None:
             setup.stop.request.leave_mark(is_done=state.step == total_steps)
@@ -201,12 +213,20 @@ def _begin_records(run: Run, setup: Setup) -> Monitor:
     return monitor
 
 
+def _naming(rank: int, batches: Iterator[T]) -> Iterator[T]:
+    """`batches`, one of which may raise `DataFailed`."""
+    try:
+        yield from batches
+    except USER_ERRORS as error:
+        raise DataFailed(f"rank {rank}: {in_one_line(error)}") from error
+
+
 def is_due(step: int, every: int, total: int) -> bool:
     """Whether what happens every `every` steps, and after the last one, happens after `step`."""
     return step % every == 0 or step == total
 
 
-def _validate(run: Run, setup: Setup, monitor: Monitor, watchdog: Watchdog, step: int) -> None:
+def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
     from vqrae_ds.data.stream import evaluation_batches
     from vqrae_ds.evaluation.metrics import validate
 
@@ -219,6 +239,7 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, watchdog: Watchdog, step
         rank=setup.ranks.rank,
         world_size=setup.ranks.world_size,
     )
+    batches = _naming(setup.ranks.rank, batches)
     batches = watchdog.watching(batches, f"the validation after step {step}")
     validation = validate(
         setup.generator,
@@ -241,6 +262,8 @@ def _save(setup: Setup, state: TrainState, saver: Saver, *, is_last: bool) -> No
         ema=setup.ema,
         extra={"guard": setup.guard.state(), "num_samples": setup.num_samples},
         pretrained=setup.pretrained,
+        # These may be the weights that the steps are skipped for.
+        replaces_old=setup.guard.skipped_in_a_row == 0,
     )
     if is_last:
         saver.save_last(content)
@@ -254,7 +277,9 @@ def _check_end(guard: Guard, saver: Saver, step: int) -> None:
         reason = f"{guard.skipped_in_a_row} steps in a row were skipped, the last: {guard.reason()}"
         if saver.failure is None:
             raise TrainingStopped(
-                f"{reason}. {saver.newest} holds the weights of the last step that was taken"
+                f"{reason}. {saver.newest} holds the weights of the last step that was taken. If "
+                "they are what is wrong, remove that folder: the same command then goes on from "
+                "the checkpoint before it"
             )
         raise TrainingStopped(f"{reason}. Its weights could not be saved: {saver.failure}")
     if saver.failure is not None:

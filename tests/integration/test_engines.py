@@ -61,6 +61,8 @@ EVERY_KEY = {  # each key that config/deepspeed_schema.py calls tested, but thos
         **OFFLOAD,
     },
 }
+# What of these is the recipe; all others are about memory and communication.
+RECIPE = ("gradient_clipping", "bf16", "data_types", "optimizer", "scheduler")
 OTHER_KEYS = {  # those that do not go with all of the others
     "momentum": {"optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}},
     "bf16_states": {"optimizer": ADAMW, "bf16": {"enabled": True} | BF16_STATES},
@@ -82,6 +84,7 @@ def run_variants(rank: int, folder: Path) -> None:
     variants = {f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in (1, 2)}
     variants |= {"zero3": {}, "bf16": {"bf16": {"enabled": True}}}
     variants |= OTHER_KEYS
+    variants["recipe"] = {name: EVERY_KEY[name] for name in RECIPE}
     variants["every_key"] = EVERY_KEY  # last: some of them hold for the rest of the process
     losses = {}
     for name, deepspeed in variants.items():
@@ -166,9 +169,10 @@ def test_bf16_follows_fp32(losses):
     assert losses["bf16"] != losses["zero3"]
 
 
-def test_every_tested_key_runs(losses):
+def test_every_tested_key_runs_and_those_about_memory_and_communication_change_no_step(losses):
     used = set(deepspeed_json_names(copy.deepcopy(DEEPSPEED) | EVERY_KEY))
-    assert all(math.isfinite(loss) for loss in losses["every_key"])
+    assert losses["every_key"] == pytest.approx(losses["recipe"], rel=1e-6)
+    assert losses["recipe"] != losses["bf16"]
     for name, keys in OTHER_KEYS.items():
         assert all(math.isfinite(loss) for loss in losses[name]), name
         used |= set(deepspeed_json_names(keys))

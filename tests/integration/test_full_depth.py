@@ -80,26 +80,15 @@ def deepest() -> int:
 def build(rank: int, folder: Path, blocks: int) -> None:
     """All weights drawn and partitioned, then an image forward."""
     import deepspeed
-    from transformers.initialization import no_init_weights
 
     from vqrae_ds import engines
-    from vqrae_ds.models.training_model import TrainingModel
-    from vqrae_ds.models.vqrae import VQRAE
-    from vqrae_ds.sharding.first_weights import freed_memory_returned, uninitialized_is_nan
+    from vqrae_ds.sharding.first_weights import freed_memory_returned
 
     run, peaks, start = run_of(blocks), {}, time.perf_counter()
     unused = ("optimizer", "scheduler", "data_types")
     config = {key: value for key, value in run.deepspeed.items() if key not in unused}
     with freed_memory_returned(), sampled_memory(peaks):
-        with (
-            no_init_weights(),
-            uninitialized_is_nan(),
-            deepspeed.zero.Init(config_dict_or_path=config),
-        ):
-            model = TrainingModel(VQRAE(config=run.config.model))
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.float()
+        model = engines.build_model(run)
         engines.fill_weights(model, {})
         built = time.perf_counter()
         engine, *_ = deepspeed.initialize(model=model, config=config)

@@ -102,6 +102,7 @@ def record_rates(engine, used: dict[str, float]) -> None:
 
 def run_schedules(rank: int, folder: Path) -> None:
     from vqrae_ds import checkpoint, engines
+    from vqrae_ds.preparation import set_learning_rates
 
     for kind in ("linear", "log"):
         run = scheduled_run(folder / f"rank{rank}", kind)
@@ -115,13 +116,13 @@ def run_schedules(rank: int, folder: Path) -> None:
         generator = engines.build_generator(run, fill=False)
         discriminator = engines.build_discriminator(run, fill=False)
         checkpoint.resume(saved, generator, discriminator)
-        engines.set_learning_rate(generator, SAVED_AFTER)
-        engines.set_learning_rate(discriminator, SAVED_AFTER - FIRST_OF_DISCRIMINATOR)
+        set_learning_rates(generator, discriminator, run.config.losses, SAVED_AFTER)
         take_steps(generator, discriminator, run, rank, range(SAVED_AFTER, TOTAL), kind)
 
-        engines.set_learning_rate(generator, 1)  # as after a step that was not taken
-        part = expected(1, kind)["decoder"]
-        assert engines.learning_rates(generator, None)["decoder"] == pytest.approx(part)
+        for step in (1, SAVED_AFTER):  # as after a step that was not taken
+            set_learning_rates(generator, discriminator, run.config.losses, step)
+            rates = engines.learning_rates(generator, discriminator)
+            assert rates == pytest.approx(expected(step, kind))
 
     run = make_run(folder / f"rank{rank}", 2, losses=LOSSES)
     generator = engines.build_generator(run)

@@ -69,7 +69,8 @@ def measure(rank: int, folder: Path) -> None:
     of_codes = [quantizer.get_codebook_statistics(over) for over in (None, dist.all_reduce)]
     monitor.window.add_step(quantizer)  # which resets
     of_codes.append(quantizer.get_codebook_statistics(dist.all_reduce))
-    entry = monitor.log(1, 4, {"decoder": 0.1}, {"optim/skipped_steps": 1})
+    largest = {"loss/perceptual": torch.tensor(7.0 - rank)}
+    entry = monitor.log(1, 4, {"decoder": 0.1}, {"optim/skipped_steps": 1}, largest)
     means = {name: tuple(mean) for name, mean in monitor.means.items()}
     disagreement = refusal_of_other_terms(monitor, rank)
     monitor.close()
@@ -168,6 +169,7 @@ def test_logged_figures_are_means_over_ranks_and_micro_batches(measured):
         assert rank.means["loss/perceptual"] == (0.5, 2, 0)
         assert entry["optim/nonfinite_terms"] == 1
         assert entry["optim/skipped_steps"] == 1
+        assert entry["loss/perceptual_largest"] == 7.0, "of rank 0"
         assert entry["codebook/usage"] == 5 / 64, "codes 0-2 on one rank, 2-4 on the other"
         assert entry["codebook/perplexity"] == pytest.approx(PERPLEXITY)
         assert entry["codebook/dead_codes"] == 59

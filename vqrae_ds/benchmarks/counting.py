@@ -6,7 +6,8 @@ trainer's own calls have in common. It costs time: what is counted is not timed.
 On a CPU nothing waits, so what would wait on a GPU is counted: values read back into Python, and
 results whose shape depends on values. A copy by `.to(...)` looks like one to the device there and
 is not counted. On a GPU CUDA reports its waits itself, the latter included; PyTorch calls that
-report a prototype: it leaves out what NCCL and explicit calls of `synchronize` wait for.
+report a prototype: it leaves out explicit calls of `synchronize`, which are therefore counted where
+they are made, of an event or a stream only if it is not done by then; and what NCCL waits for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -62,6 +63,7 @@ def counted(device_type: str) -> Iterator[Counts]:
             stack.enter_context(_cuda_waits(counts.waits))
         else:
             stack.enter_context(_Copies(counts.waits))
+        stack.enter_context(_explicit_waits(counts.waits))
         stack.enter_context(_Operators(counts, on_cpu=device_type == "cpu"))
         yield counts
 
@@ -133,6 +135,28 @@ def _cuda_waits(found: Counter[Call]) -> Iterator[None]:
         if CUDA_WARNING in str(warning.message):
             place = f"{Path(warning.filename).name}:{warning.lineno}"
             found[Call("wait for CUDA", place)] += 1
+
+
+@contextlib.contextmanager
+def _explicit_waits(found: Counter[Call]) -> Iterator[None]:
+    """Count `synchronize` of the device, and of CUDA's events and streams that are not done."""
+    with contextlib.ExitStack() as stack:
+        for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
+            wait, may_be_done = owner.synchronize, owner is not torch.cuda
+            owner.synchronize = _noting(wait, found, may_be_done)
+            stack.callback(setattr, owner, "synchronize", wait)
+        yield
+
+
+def _noting(
+    wait: Callable[..., None], found: Counter[Call], may_be_done: bool
+) -> Callable[..., None]:
+    def wait_and_note(*arguments: Any, **options: Any) -> None:
+        if not (may_be_done and arguments[0].query()):
+            found[_call("synchronize")] += 1
+        wait(*arguments, **options)
+
+    return wait_and_note
 
 
 def _call(operator: str) -> Call:

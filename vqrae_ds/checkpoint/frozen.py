@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vqrae_ds import watchdog
 from vqrae_ds.checkpoint.writing import RankWriter
 from vqrae_ds.config import Run
 from vqrae_ds.conversion.rank_files import FROZEN_FILE
@@ -128,6 +129,7 @@ def _each_whole(weights: list[Tensor]) -> Iterator[Tensor]:
     from vqrae_ds.engines import gathered  # deepspeed reads the environment when it is imported
 
     for weight in weights:
+        watchdog.progress()
         with gathered([weight]):
             yield weight.detach()
 

@@ -49,16 +49,19 @@ def save_locally(run: Run, content: Content) -> Publication:
     except SaveFailed:
         shutil.rmtree(local.parent, ignore_errors=True)
         raise
-    return Publication(run, saving.describe(run, content, {}), writer)
+    written = saving.describe(run, content, {})
+    return Publication(run, written, writer, removes_old=content.replaces_old)
 
 
 class Publication:
     """The second step of one checkpoint; `settle` ends it. Every rank has one."""
 
-    def __init__(self, run: Run, written: manifest.Manifest, local: RankWriter) -> None:
+    def __init__(
+        self, run: Run, written: manifest.Manifest, local: RankWriter, *, removes_old: bool
+    ) -> None:
         self.step, self.folder = written.step, step_folder(run, written.step)
         self._run, self._written, self._local = run, written, local  # `written` lacks the files
-        self._writer = RankWriter(self.folder)
+        self._writer, self._removes_old = RankWriter(self.folder), removes_old
         self._copied, self._given_up = threading.Event(), threading.Event()
         # A run that fails does not wait for it: the records of its peers may never come.
         self._thread = threading.Thread(target=self._publish, name="publishing", daemon=True)
@@ -130,7 +133,8 @@ class Publication:
                 text = f"the records of ranks {sorted(waiting)} are not to be seen"
                 self._writer.fail(self.folder, text)
                 return
-        saving.publish(self._run, self.folder, self._written._replace(files=files), self._writer)
+        written = self._written._replace(files=files)
+        saving.publish(self._run, self.folder, written, self._writer, removes_old=self._removes_old)
 
     def _records_of(self, rank: int) -> Path:
         return self.folder / f"records_rank_{rank:05d}.json"

@@ -41,7 +41,8 @@ class Content(NamedTuple):
     """What goes into a checkpoint.
 
     `extra` is anything that JSON can hold. `pretrained` is what `write_pretrained` gave: without
-    it, or where the file is gone, the run's frozen pretrained weights are written now.
+    it, or where the file is gone, the run's frozen pretrained weights are written now. Unless it
+    `replaces_old` ones all other checkpoints stay, whatever the configuration says.
     """
 
     generator: Any
@@ -50,6 +51,7 @@ class Content(NamedTuple):
     ema: WeightAverage | None = None
     extra: dict[str, Any] | None = None
     pretrained: manifest.FileRecord | None = None
+    replaces_old: bool = True
 
 
 def save(
@@ -83,7 +85,7 @@ def save_directly(run: Run, content: Content) -> Path:
             writer.add_unrecorded(set(files))
         if dist.get_rank() == 0 and writer.failure is None:
             written = describe(run, content, files | writer.records)
-            publish(run, folder, written, writer)
+            publish(run, folder, written, writer, removes_old=content.replaces_old)
     size = in_units(sum(record.size for record in files.values()))
     logger.info("checkpoint %s (%s in %.1f s)", folder, size, time.perf_counter() - start)
     return folder
@@ -176,7 +178,14 @@ def describe(
     )
 
 
-def publish(run: Run, folder: Path, written: manifest.Manifest, writer: RankWriter) -> None:
+def publish(
+    run: Run,
+    folder: Path,
+    written: manifest.Manifest,
+    writer: RankWriter,
+    *,
+    removes_old: bool,
+) -> None:
     """Rank 0 alone: vouch for what all ranks have written and synced, and clear up.
 
     The failure of the former is kept by `writer`. That of the latter is a warning.
@@ -196,7 +205,8 @@ def publish(run: Run, folder: Path, written: manifest.Manifest, writer: RankWrit
         return
     try:
         retention.remove_partial(folder.parent, before=written.step)
-        retention.remove_old(folder, run.config.checkpoint)
+        if removes_old:
+            retention.remove_old(folder, run.config.checkpoint)
     except (OSError, ValueError) as error:  # ValueError: one that cannot be read any more
         logger.warning("older checkpoints are still there: %s", error)
 

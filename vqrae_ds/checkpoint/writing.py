@@ -18,9 +18,13 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from vqrae_ds import watchdog
 from vqrae_ds.manifest import FileRecord, hash_file, list_files, sync
 
 _READ_BYTES = 1 << 22
+# A file is synced as it grows: one sync at its end could take as long as the whole save, with
+# nothing to be seen of it.
+_SYNCED_BYTES = 1 << 28
 
 
 class Failure(NamedTuple):
@@ -138,21 +142,20 @@ class _HashedFile:
     """A file to write, from its beginning to its end; as a context it is closed, `synced` or not.
 
     An error is raised at the end of the context. `write` raises none: torch calls it from C++, and
-    hides it behind the failures that follow from it.
+    hides it behind the failures that follow from it. Each piece is progress to the watchdog.
     """
 
     def __init__(self, path: Path, synced: bool) -> None:
         self.error: OSError | None = None
         self._file, self._synced = open(path, "wb"), synced  # noqa: SIM115 - closed by the context
-        self._digest, self._size = xxhash.xxh3_128(), 0
+        self._digest, self._size, self._num_synced = xxhash.xxh3_128(), 0, 0
 
     def __enter__(self) -> _HashedFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.flush()
-        if self._synced:
-            self._unless_failed(lambda: os.fsync(self._file.fileno()))
+        self._sync()
         try:
             self._file.close()
         except OSError as error:  # what was held back could not be written either
@@ -162,15 +165,26 @@ class _HashedFile:
 
     def write(self, data: Any) -> int:
         """All of `data`, in the eyes of the caller."""
-        size = memoryview(data).nbytes
-        self._unless_failed(lambda: self._file.write(data))
-        self._digest.update(data)
-        self._size += size
-        return size
+        view = memoryview(data).cast("B")
+        for start in range(0, view.nbytes, _SYNCED_BYTES):
+            piece = view[start : start + _SYNCED_BYTES]
+            self._unless_failed(lambda piece=piece: self._file.write(piece))
+            self._digest.update(piece)
+            self._size += piece.nbytes
+            if self._size - self._num_synced >= _SYNCED_BYTES:
+                self.flush()
+                self._sync()
+            watchdog.progress()
+        return view.nbytes
 
     def flush(self) -> None:
         """As `write`."""
         self._unless_failed(self._file.flush)
+
+    def _sync(self) -> None:
+        if self._synced:
+            self._unless_failed(lambda: os.fsync(self._file.fileno()))
+        self._num_synced = self._size
 
     def record(self) -> FileRecord:
         """Of what was written."""

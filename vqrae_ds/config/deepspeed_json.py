@@ -24,6 +24,9 @@ OWNED_ELSEWHERE = {
     "tensorboard": "it is always written, every monitor.log_every_steps of the YAML",
     "checkpoint": "checkpoints are the section checkpoint of the YAML",
 }
+# Of the discriminator's engine. DeepSpeed's own bucket, 5e8 elements, is for a hundred times more
+# parameters than it has, and would take 2 GB.
+DISCRIMINATOR_ZERO = {"stage": 1, "reduce_bucket_size": 5_000_000}
 
 
 class BatchArithmetic(NamedTuple):
@@ -69,11 +72,6 @@ def check_keys(
         source="the DeepSpeed JSON",
         describe_unknown=describe_untested,
     )
-
-
-# Of the discriminator's engine. DeepSpeed's own bucket, 5e8 elements, is for a hundred times more
-# parameters than it has, and would take 2 GB.
-DISCRIMINATOR_ZERO = {"stage": 1, "reduce_bucket_size": 5_000_000}
 
 
 def tested_names() -> list[str]:

@@ -138,9 +138,9 @@ class MemoryConfig(Section):
 class GuardConfig(Section):
     """When a step is not taken, and when a run ends by itself.
 
-    A step in which any loss of any rank is not finite, or in which reconstruction, perceptual,
-    adversarial or discriminator loss is more than `spike_factor` times its running mean, is skipped
-    on all ranks.
+    A step is skipped on all ranks in which any loss of any rank is not finite, or in which the
+    reconstruction, perceptual, ConvNeXt, quantizer, adversarial or discriminator loss of a micro
+    batch is more than `spike_factor` times the largest healthy one of late, on whichever rank.
     """
 
     spike_factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0  # null: off

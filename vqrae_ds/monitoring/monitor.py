@@ -1,8 +1,8 @@
 """What a run shows: a line with the time left, `metrics.jsonl`, TensorBoard, and image grids.
 
 Between logged steps nothing is reduced and nothing is read back from the device. A logged step has
-one fused reduction: the terms since the last one, the norms of the gradients, how often each code
-was used, and what each rank measures for itself.
+one fused reduction: the terms since the last one and the largest of them, the norms of the
+gradients, how often each code was used, and what each rank measures for itself.
 
 Names are in groups: loss, codebook, gan, optim, perf, checkpoint, retention, validation.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from vqrae_ds.config import Run
 from vqrae_ds.evaluation.metrics import Validation
 from vqrae_ds.evaluation.report import error_map, image_grid, save_grid
+from vqrae_ds.guard import LARGEST
 from vqrae_ds.models.quantizer import Quantizer, codebook_statistics
 from vqrae_ds.monitoring.log_line import log_line
 from vqrae_ds.monitoring.run_log import RunLog
@@ -31,7 +32,8 @@ from vqrae_ds.monitoring.throughput import RankFigures, Throughput
 
 logger = logging.getLogger(__name__)
 
-CODES, GRADIENT = "codes", "gradient_"  # of the vectors in the reduction, beside the terms
+# Of the vectors in the reduction, beside the terms.
+CODES, GRADIENT, MAXIMA = "codes", "gradient_", "maxima"
 
 
 class CodeWindow:
@@ -91,20 +93,28 @@ class Monitor:
         samples: int,
         learning_rates: Mapping[str, float],
         numbers: Mapping[str, float] | None = None,
+        largest: Mapping[str, Tensor] | None = None,
     ) -> dict[str, float]:
         """Reduce, reset and write what was added since the last call; every rank calls it.
 
-        `numbers` are host values by name, the same on every rank. The entry is the same on all
-        ranks. What is not finite is not in it, and is counted in `optim/nonfinite_terms`.
+        `numbers` are host values by name, the same on every rank; `largest` are values of this
+        rank, of which the entry has the maximum over ranks, under names that end in
+        `guard.LARGEST`. The entry is the same on all ranks. What is not finite is not in it, and
+        is counted in `optim/nonfinite_terms`.
         """
+        largest = dict(largest or {})
         counts_K = self.window.counts()
         vectors = self._terms.vectors() | {CODES: counts_K}
         vectors |= {GRADIENT + part: s.reshape(1) for part, s in self._gradients.items()}
+        vectors[MAXIMA] = _row_of_this_rank(list(largest.values()), counts_K.device)
         own = self._throughput.of_this_rank(counts_K.device)
         sums, own_WN = sum_over_ranks(vectors, own)
         self.means = self._terms.means(sums)
         norms = _gradient_norms({part: sums[GRADIENT + part] for part in self._gradients})
         entry = _finite(self.means, norms | dict(numbers or {}))
+        maxima_T = sums[MAXIMA].view(dist.get_world_size(), len(largest)).amax(0)
+        maxima = zip(largest, maxima_T.tolist(), strict=True)
+        entry |= {name + LARGEST: value for name, value in maxima}
         codes = codebook_statistics(sums[CODES])._asdict()
         entry |= {f"codebook/{name}": value for name, value in codes.items()}
         entry |= {f"optim/learning_rate_{part}": rate for part, rate in learning_rates.items()}
@@ -149,6 +159,14 @@ def usage_histogram(counts_K: Tensor) -> list[int]:
     """How many codes were used 0 times, once, 2-3 times, 4-7 times, ..., up to the most used."""
     _, bucket_K = torch.frexp(counts_K.double())  # n = m * 2^bucket with m in [0.5, 1); 0 for 0
     return torch.bincount(bucket_K.long()).tolist()
+
+
+def _row_of_this_rank(values: list[Tensor], device: torch.device) -> Tensor:
+    """(ranks * T,): `values` in the row of this rank, else 0, so that a sum brings all together."""
+    table_WT = torch.zeros(dist.get_world_size(), len(values), dtype=torch.float64, device=device)
+    if values:
+        table_WT[dist.get_rank()] = torch.stack(values)
+    return table_WT.flatten()
 
 
 def _finite(means: Mapping[str, TermMean], others: Mapping[str, float]) -> dict[str, float]:

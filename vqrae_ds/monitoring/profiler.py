@@ -58,7 +58,10 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Write what was traced, if the run ends inside the window; else there is nothing to do."""
+        """Write what was traced, if the run ends inside the window; else there is nothing to do.
+
+        A trace that cannot be written is lost with a warning: it is no reason for a run to end.
+        """
         if self._profile is None:
             return
         _synchronize()
@@ -66,15 +69,15 @@ class StepProfiler:
         finished.stop()
         if not self._traced:  # it ended inside the first step
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"trace_steps_{self._traced[0]}-{self._traced[-1]}.json.gz"
-        finished.export_chrome_trace(str(path))
-        device = "device" if torch.cuda.is_available() else "cpu"
-        table = finished.key_averages().table(
-            sort_by=f"self_{device}_time_total", row_limit=ROWS, max_name_column_width=80
-        )
-        path.with_name(path.name.replace(".json.gz", ".txt")).write_text(table + "\n")
-        logger.info("profile: %s", path)
+        try:
+            _write(finished, path)
+        except OSError as error:
+            logger.warning("the trace %s was not written: %s", path, error)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        else:
+            logger.info("profile: %s", path)
 
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU]
@@ -83,6 +86,17 @@ class StepProfiler:
         _synchronize()
         self._profile = profile(activities=activities)
         self._profile.start()
+
+
+def _write(finished: profile, path: Path) -> None:
+    """The trace, and beside it the table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    finished.export_chrome_trace(str(path))
+    device = "device" if torch.cuda.is_available() else "cpu"
+    table = finished.key_averages().table(
+        sort_by=f"self_{device}_time_total", row_limit=ROWS, max_name_column_width=80
+    )
+    path.with_name(path.name.replace(".json.gz", ".txt")).write_text(table + "\n")
 
 
 def _synchronize() -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vqrae_ds import watchdog
 from vqrae_ds.conversion.optimizer_states import (
     Counters,
     OptimizerStates,
@@ -81,6 +82,7 @@ def fill(vector: Tensor, parts: list[Part], source: ZeroCheckpoint) -> None:
         for piece in source.range_pieces(part.name, part.first, part.numel):
             vector[start : start + piece.numel()].copy_(piece)
             start += piece.numel()
+            watchdog.progress()
         assert start == part.start + part.numel, f"the checkpoint is short of {part.name}"
 
 
