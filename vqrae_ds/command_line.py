@@ -68,6 +68,13 @@ def end_process_after(main: Callable[[], None]) -> NoReturn:
         os._exit(status)
 
 
+def configure_logging(rank: int) -> None:
+    """What the package says goes to stderr: on rank 0 from INFO on, on its peers errors alone."""
+    level = os.environ.get("VQRAE_LOG_LEVEL", "INFO" if rank == 0 else "ERROR")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("vqrae_ds").setLevel(level)
+
+
 def _unwind(number: int, frame: FrameType | None) -> NoReturn:
     exit_with(InterruptedError("ended by SIGTERM"), status=128 + number)
 

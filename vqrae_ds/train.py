@@ -14,20 +14,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from vqrae_ds import watchdog
-from vqrae_ds.command_line import USER_ERRORS, end_process_after, exit_with, in_one_line
+from vqrae_ds.command_line import USER_ERRORS, configure_logging, end_process_after, exit_with
 from vqrae_ds.config import Run, describe, parse_command_line
-from vqrae_ds.preparation import (
-    Setup,
-    prepare,
-    set_learning_rates,
-    stop_request_of,
-    watchdog_of,
-)
+from vqrae_ds.data.failure import DataFailed, naming_rank
+from vqrae_ds.preparation import Setup, prepare, set_learning_rates, stop_request_of, watchdog_of
 from vqrae_ds.run_folder import record
 from vqrae_ds.stopping import PREEMPTED_STATUS
 
@@ -40,8 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vqrae_ds.train")
 
-T = TypeVar("T")
-
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on by itself, on all ranks alike; the message says why."""
@@ -49,10 +41,6 @@ class TrainingStopped(RuntimeError):
 
 class Preempted(RuntimeError):
     """The run was asked to stop, and goes on when it is started again."""
-
-
-class DataFailed(RuntimeError):
-    """A rank cannot read its next images; the message names rank, shard and key."""
 
 
 class MicroStep(NamedTuple):
@@ -75,7 +63,7 @@ def main() -> None:
         sys.stdout.write(describe(run) + "\n")
         return
     rank = int(os.environ.get("RANK", "0"))
-    _configure_logging(rank)
+    configure_logging(rank)
     stop_request = stop_request_of(run)
     stop_request.catch_signals()
     with watchdog_of(run, rank):
@@ -112,7 +100,7 @@ def train(run: Run, setup: Setup) -> None:
 
     config, (sizes, total_steps) = run.config, run.schedule
     guard, state, saver = setup.guard, setup.state, Saver(run)
-    batches = _naming(setup.ranks.rank, setup.batches)
+    batches = naming_rank(setup.ranks.rank, setup.batches)
     is_first, is_stopping = setup.ranks.rank == 0, setup.stop.at_once()
     with (
         closing(_begin_records(run, setup)) as monitor,
@@ -207,18 +195,9 @@ def _begin_records(run: Run, setup: Setup) -> Monitor:
             if setup.ranks.rank == 0 and setup.state.step < run.schedule.total_steps:
                 record(run)
                 setup.stop.request.clear_marks()
-            monitor = Monitor(run, setup.state.step)
+            return Monitor(run, setup.state.step)
     except OSError as error:
         raise TrainingStopped(f"the records of the run cannot be written: {error}") from error
-    return monitor
-
-
-def _naming(rank: int, batches: Iterator[T]) -> Iterator[T]:
-    """`batches`, one of which may raise `DataFailed`."""
-    try:
-        yield from batches
-    except USER_ERRORS as error:
-        raise DataFailed(f"rank {rank}: {in_one_line(error)}") from error
 
 
 def is_due(step: int, every: int, total: int) -> bool:
@@ -239,7 +218,7 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
         rank=setup.ranks.rank,
         world_size=setup.ranks.world_size,
     )
-    batches = _naming(setup.ranks.rank, batches)
+    batches = naming_rank(setup.ranks.rank, batches)
     batches = watchdog.watching(batches, f"the validation after step {step}")
     validation = validate(
         setup.generator,
@@ -300,12 +279,6 @@ def _numbers(setup: Setup, saver: Saver) -> dict[str, float]:
         if norm is not None:  # before its first step
             numbers["optim/gradient_norm_discriminator"] = float(norm)
     return numbers
-
-
-def _configure_logging(rank: int) -> None:
-    level = os.environ.get("VQRAE_LOG_LEVEL", "INFO" if rank == 0 else "ERROR")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-    logging.getLogger("vqrae_ds").setLevel(level)
 
 
 if __name__ == "__main__":
