@@ -35,7 +35,9 @@ def test_counts_of_every_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -
     for part in plan(run).parts:
         if part.engine == "discriminator":
             exact["discriminator"] += part.count
-        elif part.name not in ("LPIPS", "ConvNeXt-S"):  # in no checkpoint
+        elif part.kind == "frozen" and part.name in ("encoder", "teacher"):
+            exact["pretrained"] += part.count
+        elif part.name not in ("LPIPS", "ConvNeXt-S"):  # nowhere in a run's folder
             exact[part.kind] += part.count
     counts = count_parameters(run)._asdict()
     for kind in Counts._fields:

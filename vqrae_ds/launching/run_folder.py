@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from vqrae_ds.config import Run, parse_command_line
+from vqrae_ds.launching.owner import Owner, take
 from vqrae_ds.stopping import DONE, PREEMPTED, SIGNALS, STOP
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,17 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.launch = self.path / "launch"  # what a launcher writes for its own use
         self.times_asked = 0
+        self._is_open = False
 
-    def open(self) -> None:
-        """Create it, and remove what an earlier start has left behind.
+    def open(self, owner: Owner) -> None:
+        """Create it for `owner`, and remove what an earlier start has left behind.
 
-        An old PREEMPTED would have a job that fails at its start requeued for ever.
+        An old PREEMPTED would have a job that fails at its start requeued for ever. Raises
+        `ValueError` with one line where another launch of the run lives.
         """
         self.launch.mkdir(parents=True, exist_ok=True)
+        take(self.launch / "owner.json", owner)
+        self._is_open = True
         for name in (STOP, DONE, PREEMPTED):
             (self.path / name).unlink(missing_ok=True)
         if self.times_asked:
@@ -59,8 +64,13 @@ class RunFolder:
         """DONE or PREEMPTED, as the ranks have left it; `None` if they have not."""
         return next((name for name in (DONE, PREEMPTED) if (self.path / name).exists()), None)
 
+    def checkpoints(self) -> set[tuple[str, int]]:
+        """Name of each complete checkpoint, and when it was written: who made one sees another."""
+        found = self.path.glob("checkpoints/step_*/manifest.json")
+        return {(path.parent.name, path.stat().st_mtime_ns) for path in found}
+
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.times_asked += 1
         logger.warning("%s: asking the ranks to stop", signal.Signals(number).name)
-        if self.launch.is_dir():
+        if self._is_open:  # else it is another launch's
             self.ask_to_stop()
