@@ -26,6 +26,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from vqrae_ds.command_line import OneLineParser, run_tool
@@ -75,12 +76,15 @@ def main() -> None:
     folder.open(this_process())
     port = int(os.environ.get("MASTER_PORT") or port_of_run(folder.path))
     needs = needs_of(run, Path(args.config), Path(args.deepspeed_config), args.others, port)
-    if not look_before_launch(hosts, "ssh", needs):
-        sys.exit(1)
+    is_sound = look_before_launch(hosts, "ssh", needs)
+    if folder.times_asked or not is_sound:
+        folder.close()
+        sys.exit(PREEMPTED_STATUS if folder.times_asked else 1)
     mark = uuid.uuid4().hex
     orders = _write_files(folder, hosts, arguments, mark)
     silence = float(os.environ.get("VQRAE_SILENCE_SECONDS", SILENCE))
-    with Nodes([host.name for host in hosts], mark, orders, silence) as nodes:
+    names = [host.name for host in hosts]
+    with closing(folder), Nodes(names, mark, orders, silence) as nodes:
         # A mark of its own: where this machine is a node too, its guardian counts the ranks alone.
         own_mark = f"{mark}-launcher"
         status = _watch(_launch(folder, hosts, port, own_mark), nodes, folder)

@@ -67,6 +67,12 @@ def take(path: Path, own: Owner) -> None:
     os.replace(partial, path)
 
 
+def release(path: Path, own: Owner) -> None:
+    """Nobody owns the run any more, unless it is another launch's by now."""
+    if path.is_file() and Owner(**json.loads(path.read_text())) == own:
+        path.unlink()
+
+
 def _is_same(one: Owner, other: Owner) -> bool:
     if one.job is not None:
         return (one.job, one.cluster) == (other.job, other.cluster)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from vqrae_ds.config import Run, parse_command_line
-from vqrae_ds.launching.owner import Owner, take
+from vqrae_ds.launching.owner import Owner, release, take
 from vqrae_ds.stopping import DONE, PREEMPTED, SIGNALS, STOP
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.launch = self.path / "launch"  # what a launcher writes for its own use
         self.times_asked = 0
-        self._is_open = False
+        self._owner: Owner | None = None
 
     def open(self, owner: Owner) -> None:
         """Create it for `owner`, and remove what an earlier start has left behind.
@@ -45,11 +45,16 @@ class RunFolder:
         """
         self.launch.mkdir(parents=True, exist_ok=True)
         take(self.launch / "owner.json", owner)
-        self._is_open = True
+        self._owner = owner
         for name in (STOP, DONE, PREEMPTED):
             (self.path / name).unlink(missing_ok=True)
         if self.times_asked:
             self.ask_to_stop()
+
+    def close(self) -> None:
+        """Leave the run to the next launch."""
+        if self._owner is not None:
+            release(self.launch / "owner.json", self._owner)
 
     def ask_to_stop(self) -> None:
         """Have the ranks end after a checkpoint, by the file that the first of them looks for."""
@@ -72,5 +77,5 @@ class RunFolder:
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.times_asked += 1
         logger.warning("%s: asking the ranks to stop", signal.Signals(number).name)
-        if self._is_open:  # else it is another launch's
+        if self._owner is not None:  # else it is another launch's
             self.ask_to_stop()

@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 from vqrae_ds.command_line import OneLineParser, run_tool
@@ -55,21 +56,29 @@ def main() -> None:
     arguments = trainer_arguments(args.config, args.deepspeed_config, args.others)
 
     hosts, job = hosts_of_job(), job_id()
+    files, port = (Path(args.config), Path(args.deepspeed_config)), port_of(job)
     run = check_run(arguments, sum(host.slots for host in hosts))
     folder = RunFolder(Path(run.config.run.output_dir))
     folder.turn_signals_into_stop()
     folder.open(this_process(job))
-    start, port = int(os.environ.get("SLURM_RESTART_COUNT", "0")), port_of(job)
+    with closing(folder):
+        sys.exit(_train(folder, job, hosts, needs_of(run, *files, args.others, port), arguments))
+
+
+def _train(
+    folder: RunFolder, job: int, hosts: list[Host], needs: Needs, arguments: list[str]
+) -> int:
+    """The exit status of the job, after all that its nodes can do in this start."""
+    start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     names = " ".join(host.name for host in hosts)
     logger.info("job %d, start %d, on %s: %s", job, start, names, folder.path)
-    needs = needs_of(run, Path(args.config), Path(args.deepspeed_config), args.others, port)
     if not _find_sound(hosts, needs, folder, LOOK_AGAIN_SECONDS if start else 0):
-        sys.exit(_end_before_launch(folder, job, start))
+        return _end_before_launch(folder, job, start)
     known = folder.checkpoints()
-    command = _srun(hosts, folder, port, arguments)
+    command = _srun(hosts, folder, needs.port, arguments)
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as srun:
         status = srun.wait()
-    sys.exit(_end(folder, job, status, has_saved=bool(folder.checkpoints() - known)))
+    return _end(folder, job, status, has_saved=bool(folder.checkpoints() - known))
 
 
 def _find_sound(hosts: list[Host], needs: Needs, folder: RunFolder, patience: float) -> bool:
