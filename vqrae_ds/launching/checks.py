@@ -281,7 +281,11 @@ def _shards(folder: str) -> Judge:
 
 def _weights(faulty: Any, _: Report) -> Cell:
     faults = [f"{setting}: {path} {fault}" for setting, path, fault in faulty]
-    return broken(f"{', '.join(faults)}: see to it on a shared disk") if faults else ok()
+    return (
+        broken(f"{', '.join(faults)}: copy it to a shared disk, or let this user read it")
+        if faults
+        else ok()
+    )
 
 
 def _worst(cells: Sequence[Cell]) -> Cell:
