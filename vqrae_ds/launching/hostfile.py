@@ -40,6 +40,7 @@ from vqrae_ds.launching.orders import (
     ORDERS,
     Orders,
     forwarded,
+    sounds_secret,
     write_deepspeed_env,
     write_orders,
 )
@@ -52,7 +53,8 @@ logger = logging.getLogger(__name__)
 SILENCE = 60.0  # seconds; VQRAE_SILENCE_SECONDS
 GRACE = 60.0  # seconds; VQRAE_GRACE_SECONDS
 ROOT = Path(__file__).parents[2]
-# DeepSpeed forwards these by itself, quoted in part: `$(...)` in one would be run on the nodes.
+# DeepSpeed forwards these by itself, quoted in part: `$(...)` in one would be run on the nodes. It
+# forwards PYTHON too, and logs all of it: so it gets nothing that sounds like a secret.
 FORWARDED_BY_DEEPSPEED = ("MLFLOW", "MV2", "UCX", "NCCL")
 
 
@@ -119,7 +121,11 @@ def _write_files(folder: RunFolder, hosts: Sequence[Host], arguments: list[str],
 def _launch(folder: RunFolder, hosts: Sequence[Host], port: int, mark: str) -> subprocess.Popen:
     """Start DeepSpeed's launcher; it and all below it are deaf to `SIGNALS`, and have the mark."""
     ssh = shlex.join(SSH)
-    environment = {n: v for n, v in os.environ.items() if not n.startswith(FORWARDED_BY_DEEPSPEED)}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not (name.startswith(FORWARDED_BY_DEEPSPEED) or sounds_secret(name))
+    }
     environment[LAUNCH] = mark
     environment["DS_ENV_FILE"] = str(folder.launch / "deepspeed.env")
     environment["PDSH_SSH_ARGS_APPEND"] = f"{ssh} {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
