@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -26,8 +27,9 @@ from vqrae_ds.launching.orders import (
     write_deepspeed_env,
     write_orders,
 )
+from vqrae_ds.launching.owner import Owner, this_process
 from vqrae_ds.launching.run_folder import RunFolder
-from vqrae_ds.stopping import DONE, PREEMPTED, STOP
+from vqrae_ds.stopping import DONE, PREEMPTED, SIGNALS, STOP
 
 VALUES = [
     "",
@@ -174,14 +176,14 @@ assert request.signal == signal.SIGTERM
 
 def test_markers_of_an_earlier_start_are_gone_and_a_signal_becomes_a_file(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.open()
+    folder.open(this_process())
     assert folder.marker() is None
     (folder.path / PREEMPTED).touch()
     assert folder.marker() == PREEMPTED
     (folder.path / DONE).touch()
     assert folder.marker() == DONE
     (folder.path / STOP).touch()
-    folder.open()
+    folder.open(this_process())
     assert folder.marker() is None and not (folder.path / STOP).exists()
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -190,11 +192,79 @@ def test_markers_of_an_earlier_start_are_gone_and_a_signal_becomes_a_file(tmp_pa
         folder.turn_signals_into_stop()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert (folder.path / STOP).exists() and folder.times_asked == 1
-        folder.open()
+        folder.open(this_process())
         assert (folder.path / STOP).exists(), "a signal that came before is not forgotten"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_run_has_one_launch_at_a_time(tmp_path):
+    """One that lives is not disturbed; one that was killed, or whose pid is another's, is gone."""
+    (tmp_path / "launch").mkdir()
+    ours, path = RunFolder(tmp_path), tmp_path / "launch" / "owner.json"
+    code = """
+import sys
+from pathlib import Path
+from vqrae_ds.launching.owner import this_process
+from vqrae_ds.launching.run_folder import RunFolder
+RunFolder(Path(sys.argv[1])).open(this_process())
+print("open", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    theirs = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert theirs.stdout.readline() == b"open\n"
+        (tmp_path / STOP).touch()
+        with pytest.raises(ValueError, match=f"process {theirs.pid} on .* is at work") as refused:
+            ours.open(this_process())
+        assert "\n" not in str(refused.value) and (tmp_path / STOP).exists()
+        (tmp_path / STOP).unlink()
+        ours.turn_signals_into_stop()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not (tmp_path / STOP).exists(), "a signal to the second launch is not the first's"
+    finally:
+        theirs.kill()
+        theirs.communicate()
+        for number in SIGNALS:
+            signal.signal(number, before[number])
+    RunFolder(tmp_path).open(this_process())
+    reused = this_process()._replace(began="1")
+    path.write_text(json.dumps(reused._asdict()))
+    RunFolder(tmp_path).open(this_process())
+    path.write_text(json.dumps(Owner("no.such.host.invalid", 1, "1")._asdict()))
+    with pytest.raises(ValueError, match=f"cannot be asked: if it has ended, remove {path}"):
+        RunFolder(tmp_path).open(this_process())
+
+
+@pytest.mark.parametrize(
+    "script", ["slurm.sbatch", "multinode.sh", "doctor", "slurm_convert.sbatch"]
+)
+def test_the_environment_of_a_site_may_be_sloppy(tmp_path, script):
+    """Its last line fails, it reads what is not set: so do modules and conda."""
+    site = tmp_path / "site env"
+    site.write_text('export FOUND="yes $NOT_SET_BEFORE"\nfalse\n[ -d /nowhere ] && export B=1\n')
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$FOUND" "$PATH" "$@"\n')
+    python.chmod(0o700)
+    environment = {"PATH": "/usr/bin:/bin", "PROJECT": str(ROOT), "PYTHON": str(python)}
+    command = ["bash", ROOT / "launchers" / script, *(f"{tmp_path}/{i}" for i in range(3))]
+
+    def start(env_file: Path) -> subprocess.CompletedProcess[str]:
+        env = {**environment, "ENV_FILE": str(env_file)}
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    done = start(site)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"yes  {python.parent}:/usr/bin:/bin "), done.stdout
+    done = start(tmp_path / "nowhere")
+    assert done.returncode == 2 and "nowhere cannot be read" in done.stderr
+    site.write_text("set +e\n")
+    python.write_text("#!/bin/sh\nexit 7\n")
+    assert start(site).returncode == 7
 
 
 @pytest.mark.parametrize(

@@ -47,14 +47,26 @@ def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
     cluster, folder, straight
 ):
     run = folder / f"pdsh {runs.ODD}"
-    env = {"VQRAE_ODD": runs.ODD, "NCCL_ODD": f"{runs.ODD}\n2", "OTHER": "o", "HF_TOKEN": "secret"}
-    job = launch(cluster, folder, run, **env, VQRAE_FORWARD="OTHER")
+    env = {
+        "VQRAE_ODD": runs.ODD,
+        "NCCL_ODD": f"{runs.ODD}\n2",
+        "OTHER": "o",
+        "HF_TOKEN": "first-secret",
+    }
+    env |= {"PYTHON_API_KEY": "second-secret", "UCX_PASSWORD": "third-secret"}
+    env |= {"OF_THE_SITE_TOKEN": "fourth-secret"}
+    env |= {"PYTHON_SECRET": "fifth-secret"}
+    job = launch(cluster, folder, run, **env, VQRAE_FORWARD="OTHER,OF_THE_SITE_TOKEN,PYTHON_SECRET")
     for node in cluster.nodes:
         theirs = runs.environment_of(cluster, node, runs.rank_of(cluster, node))
         assert theirs["VQRAE_ODD"] == runs.ODD and theirs["NCCL_ODD"] == f"{runs.ODD}\n2"
         assert theirs["OTHER"] == "o" and "HF_TOKEN" not in theirs
+        assert theirs["OF_THE_SITE_TOKEN"] == "fourth-secret"
+        assert theirs["PYTHON_SECRET"] == "fifth-secret" and "PYTHON_API_KEY" not in theirs
     assert status_of(job, runs.START_SECONDS) == 0, (folder / "log").read_text()[-6000:]
     assert (run / DONE).exists()
+    log = (folder / "log").read_text()
+    assert "deepspeed.launcher.launch" in log and "-secret" not in log
     runs.assert_same(runs.weights_of(run, folder / "pdsh_weights"), straight)
     assert not runs.left_on(cluster)
 
@@ -67,6 +79,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_harms_no_other(cluster, folder, s
     try:
         job = launch(cluster, folder, run)
         runs.wait_for_step(run, 5, lambda: job.poll() is None)
+        assert status_of(launch(cluster, folder, run), 60) == 2, "a second launch of it"
+        assert " is at work on this run" in (folder / "log").read_text()
         ask_to_stop(cluster)
         assert status_of(job, 120) == PREEMPTED_STATUS
         assert (run / PREEMPTED).exists() and not (run / DONE).exists()

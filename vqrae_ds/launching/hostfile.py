@@ -25,22 +25,26 @@ import subprocess
 import sys
 import time
 import uuid
-import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from vqrae_ds.command_line import OneLineParser, run_tool
+from vqrae_ds.launching.doctor import look_before_launch
 from vqrae_ds.launching.guardian import end
-from vqrae_ds.launching.hosts import Host, port_of, read_hostfile, write_hostfile
+from vqrae_ds.launching.hosts import Host, port_of_run, read_hostfile, write_hostfile
+from vqrae_ds.launching.needs import needs_of
 from vqrae_ds.launching.nodes import SSH, Nodes
 from vqrae_ds.launching.orders import (
     LAUNCH,
     ORDERS,
     Orders,
     forwarded,
+    sounds_secret,
     write_deepspeed_env,
     write_orders,
 )
+from vqrae_ds.launching.owner import this_process
 from vqrae_ds.launching.run_folder import RunFolder, check_run, trainer_arguments
 from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS, SIGNALS
 
@@ -49,7 +53,8 @@ logger = logging.getLogger(__name__)
 SILENCE = 60.0  # seconds; VQRAE_SILENCE_SECONDS
 GRACE = 60.0  # seconds; VQRAE_GRACE_SECONDS
 ROOT = Path(__file__).parents[2]
-# DeepSpeed forwards these by itself, quoted in part: `$(...)` in one would be run on the nodes.
+# DeepSpeed forwards these by itself, quoted in part: `$(...)` in one would be run on the nodes. It
+# forwards PYTHON too, and logs all of it: so it gets nothing that sounds like a secret.
 FORWARDED_BY_DEEPSPEED = ("MLFLOW", "MV2", "UCX", "NCCL")
 
 
@@ -70,23 +75,25 @@ def main() -> None:
     run = check_run(arguments, sum(host.slots for host in hosts))
     folder = RunFolder(Path(run.config.run.output_dir))
     folder.turn_signals_into_stop()
-    folder.open()
+    folder.open(this_process())
+    port = int(os.environ.get("MASTER_PORT") or port_of_run(folder.path))
+    needs = needs_of(run, Path(args.config), Path(args.deepspeed_config), args.others, port)
+    is_sound = look_before_launch(hosts, "ssh", needs)
+    if folder.times_asked or not is_sound:
+        folder.close()
+        sys.exit(PREEMPTED_STATUS if folder.times_asked else 1)
     mark = uuid.uuid4().hex
     orders = _write_files(folder, hosts, arguments, mark)
     silence = float(os.environ.get("VQRAE_SILENCE_SECONDS", SILENCE))
-    with Nodes([host.name for host in hosts], mark, orders, silence) as nodes:
+    names = [host.name for host in hosts]
+    with closing(folder), Nodes(names, mark, orders, silence) as nodes:
         # A mark of its own: where this machine is a node too, its guardian counts the ranks alone.
         own_mark = f"{mark}-launcher"
-        status = _watch(_launch(folder, hosts, own_mark), nodes, folder)
+        status = _watch(_launch(folder, hosts, port, own_mark), nodes, folder)
         end(own_mark)  # each ssh of pdsh has a session of its own, and would wait for a lost node
     marker = folder.marker()
     logger.info("the launcher ended with status %d; marker: %s", status, marker or "none")
     sys.exit(_exit_status(marker, status))
-
-
-def port_of_run(folder: Path) -> int:
-    """A port for the ranks' rendezvous: runs that share a node seldom share it."""
-    return port_of(zlib.crc32(str(Path(folder).absolute()).encode()))
 
 
 def _exit_status(marker: str | None, status: int) -> int:
@@ -111,17 +118,21 @@ def _write_files(folder: RunFolder, hosts: Sequence[Host], arguments: list[str],
     return path
 
 
-def _launch(folder: RunFolder, hosts: Sequence[Host], mark: str) -> subprocess.Popen:
+def _launch(folder: RunFolder, hosts: Sequence[Host], port: int, mark: str) -> subprocess.Popen:
     """Start DeepSpeed's launcher; it and all below it are deaf to `SIGNALS`, and have the mark."""
     ssh = shlex.join(SSH)
-    environment = {n: v for n, v in os.environ.items() if not n.startswith(FORWARDED_BY_DEEPSPEED)}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not (name.startswith(FORWARDED_BY_DEEPSPEED) or sounds_secret(name))
+    }
     environment[LAUNCH] = mark
     environment["DS_ENV_FILE"] = str(folder.launch / "deepspeed.env")
     environment["PDSH_SSH_ARGS_APPEND"] = f"{ssh} {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += ["--hostfile", str(folder.launch / "hosts"), "--no_ssh_check", "--force_multi"]
     command += ["--master_addr", os.environ.get("MASTER_ADDR") or _address(hosts[0])]
-    command += ["--master_port", os.environ.get("MASTER_PORT") or str(port_of_run(folder.path))]
+    command += ["--master_port", str(port)]
     command += ["--module", "vqrae_ds.launching.rank"]
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
