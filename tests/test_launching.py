@@ -16,7 +16,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from tests.config_files import write_files
 from tests.conftest import ROOT, run_python
-from vqrae_ds.launching import guardian
+from vqrae_ds.launching.guardian import REPORT
 from vqrae_ds.launching.hosts import Host, read_hostfile, write_hostfile
 from vqrae_ds.launching.orders import (
     LAUNCH,
@@ -26,6 +26,7 @@ from vqrae_ds.launching.orders import (
     write_deepspeed_env,
     write_orders,
 )
+from vqrae_ds.launching.processes import end, processes_of
 from vqrae_ds.launching.run_folder import RunFolder
 from vqrae_ds.stopping import DONE, PREEMPTED, STOP
 
@@ -130,7 +131,7 @@ def test_guardian_ends_what_has_the_mark_and_nothing_else(tmp_path, reason):
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     try:
-        while len(guardian.processes_of(mark)) < 2:
+        while len(processes_of(mark)) < 2:
             time.sleep(0.05)
         assert watcher.poll() is None
         if reason == "asked":
@@ -139,13 +140,14 @@ def test_guardian_ends_what_has_the_mark_and_nothing_else(tmp_path, reason):
         elif reason == "connection closed":
             watcher.stdin.close()
         assert watcher.wait(30) == 0
-        assert watcher.stdout.read().splitlines()[-1] == "0"
-        assert ours.wait(5) == -signal.SIGKILL and not guardian.processes_of(mark)
-        assert other.poll() is None and len(guardian.processes_of(mark[:-1])) == 2
+        reports = [line for line in watcher.stdout.read().splitlines() if line]
+        assert reports[-1] == f"{REPORT}0" and all(line.startswith(REPORT) for line in reports)
+        assert ours.wait(5) == -signal.SIGKILL and not processes_of(mark)
+        assert other.poll() is None and len(processes_of(mark[:-1])) == 2
     finally:
         watcher.kill()
         for name in (mark, mark[:-1]):
-            guardian.end(name)
+            end(name)
         for process in (ours, other, watcher):
             process.wait()
 

@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vqrae_ds.command_line import OneLineParser, run_tool
-from vqrae_ds.launching.guardian import end
 from vqrae_ds.launching.hosts import Host, port_of, read_hostfile, write_hostfile
 from vqrae_ds.launching.nodes import SSH, Nodes
 from vqrae_ds.launching.orders import (
@@ -41,6 +40,7 @@ from vqrae_ds.launching.orders import (
     write_deepspeed_env,
     write_orders,
 )
+from vqrae_ds.launching.processes import end
 from vqrae_ds.launching.run_folder import RunFolder, check_run, trainer_arguments
 from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS, SIGNALS
 
