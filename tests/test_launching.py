@@ -16,8 +16,9 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from tests.config_files import write_files
 from tests.conftest import ROOT, run_python
-from vqrae_ds.launching.guardian import REPORT
+from vqrae_ds.launching.guardian import END, REPORT
 from vqrae_ds.launching.hosts import Host, read_hostfile, write_hostfile
+from vqrae_ds.launching.nodes import Nodes, ssh_options
 from vqrae_ds.launching.orders import (
     LAUNCH,
     Orders,
@@ -73,9 +74,15 @@ def test_hostfile_that_means_nothing_is_refused(tmp_path, text, complaint):
     assert complaint in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_hostfile_launch_refuses_in_one_line_before_anything_is_started(tmp_path):
+def test_hostfile_launch_refuses_in_one_line_before_anything_is_started(tmp_path, monkeypatch):
     yaml, json = write_files(tmp_path)
     module = ("-m", "vqrae_ds.launching.hostfile")
+    monkeypatch.setenv("VQRAE_SILENCE_SECONDS", "60")
+    monkeypatch.setenv("VQRAE_GRACE_SECONDS", "one minute")
+    done = run_python(*module, str(tmp_path / "hosts"), str(yaml), str(json))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "VQRAE_GRACE_SECONDS = 'one minute'" in done.stderr
+    monkeypatch.setenv("VQRAE_GRACE_SECONDS", "0.5")
     done = run_python(*module, str(tmp_path / "hosts"), str(yaml), str(json))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "hosts is not a file" in done.stderr
@@ -84,6 +91,31 @@ def test_hostfile_launch_refuses_in_one_line_before_anything_is_started(tmp_path
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "train_batch_size = 64" in done.stderr and "15" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("silence", [1.0, 10.0, 60.0, 61.0, 600.0])
+def test_ssh_does_not_give_a_node_up_before_the_launcher_does(silence):
+    listed = subprocess.run(
+        ["ssh", "-G", *ssh_options(silence), "n1"], capture_output=True, text=True
+    )
+    assert listed.returncode == 0, listed.stderr
+    options = dict(line.split(maxsplit=1) for line in listed.stdout.splitlines() if " " in line)
+    alive = int(options["serveraliveinterval"]) * int(options["serveralivecountmax"])
+    assert silence < alive <= silence + 30
+
+
+def test_nodes_that_greet_are_understood_and_kept_waiting_for_the_slowest(tmp_path, monkeypatch):
+    """ssh leads to a guardian that writes down what it is told, on n2 after a while."""
+    guardian = f"printf 'Hello\\n5 users '; printf '\\n{REPORT}3\\n'"
+    script = f'case "$*" in *" n2 "*) who=n2; sleep 2;; *) who=n1;; esac; {guardian}'
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\n{script}; exec sed -u /{END}/q >{tmp_path}/$who\n")
+    (tmp_path / "ssh").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with Nodes(["n1", "n2"], "mark", tmp_path, silence=20) as nodes:
+        assert (tmp_path / "n1").read_text().startswith("on\non\n")
+        assert [node.processes for node in nodes.all] == [3, 3]
+        assert nodes.trouble() is None and nodes.is_any_alive()
+    assert (tmp_path / "n2").read_text().endswith("end\n")
 
 
 def test_values_pass_through_deepspeed_and_a_shell(tmp_path):

@@ -15,7 +15,8 @@ from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-CLUSTER = {"MC_TIMEOUT": "600"}  # SLURM, which has no part in this, is to call no node down
+# SLURM, which has no part in this, is to call no node down. A greeting may lack the line's end.
+CLUSTER = {"MC_TIMEOUT": "600", "MC_GREETING": "5 users are\non this machine "}
 SILENCE, GRACE = 10, 10  # seconds; SILENCE and GRACE of launchers/multinode.sh
 END_SECONDS = SILENCE + GRACE + 60  # the ranks of a node end within 30 s each; and a busy machine
 
