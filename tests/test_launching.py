@@ -184,18 +184,22 @@ def test_guardian_ends_what_has_the_mark_and_nothing_else(tmp_path, reason):
             process.wait()
 
 
-def test_a_signal_that_was_blocked_by_the_launcher_is_noted_in_the_end(tmp_path):
+def test_a_signal_that_was_held_by_the_launcher_is_noted_in_the_end(tmp_path):
     code = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from vqrae_ds.stopping import SIGNALS, StopRequest
+from vqrae_ds.stopping import SIGNALS, StopRequest, hold_signals
 if sys.argv[1] == "launcher":
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    hold_signals()
     os.execv(sys.executable, [sys.executable, "-c", sys.argv[2], "rank", ""])
 for number in SIGNALS:
     os.kill(os.getpid(), number)
 request = StopRequest(Path("."))
 assert not request.is_made(look_for_file=False)
+compiler = subprocess.Popen(["sleep", "0.5"])
+for number in SIGNALS:
+    compiler.send_signal(number)
+assert compiler.wait() == 0, "what is started meanwhile is not ended"
 request.catch_signals()
 assert request.is_made(look_for_file=False)
 request.signal = None

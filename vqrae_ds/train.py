@@ -27,7 +27,7 @@ from vqrae_ds.preparation import (
     watchdog_of,
 )
 from vqrae_ds.run_folder import record
-from vqrae_ds.stopping import PREEMPTED_STATUS
+from vqrae_ds.stopping import PREEMPTED_STATUS, hold_signals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,13 +67,14 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     _configure_logging(rank)
     stop_request = stop_request_of(run)
-    stop_request.catch_signals()
+    hold_signals()
     try:
         with watchdog_of(run, rank) as watchdog:
             setup = prepare(run, watchdog, stop_request)
     except USER_ERRORS as error:
         logger.debug("the mistake was found here", exc_info=True)  # VQRAE_LOG_LEVEL=DEBUG shows it
         exit_with(error)
+    stop_request.catch_signals()
     try:
         train(run, setup)
     except TrainingStopped as stop:

@@ -83,8 +83,8 @@ def test_a_job_comes_back_from_every_interruption(cluster, folder, straight):
         ["scontrol", "requeue", job],
     ]
     for number, command in enumerate(interruptions):
-        runs.wait_for_step(run, 4 + 10 * number, lambda: is_there(cluster, job))
         rank, restarts = runs.rank_of(cluster, "n2"), cluster.job(job)["Restarts"]
+        runs.wait_for_step(run, 4 + 10 * number, lambda: is_there(cluster, job))
         runs.send(cluster, "n2", "STOP", rank)
         cluster.ask(CONTROLLER, *command)
         wait_until(f"{command} to be heard of", 120, partial(has_heard, cluster, run, rank))
@@ -125,16 +125,19 @@ def test_a_job_whose_rank_is_killed_fails_and_goes_on_when_it_is_submitted_again
     finish(cluster, job, folder, run, straight)
 
 
-@pytest.mark.parametrize("loss", ["node_down", "cut_off"])
-def test_a_job_that_loses_a_node_comes_back_when_there_is_one(cluster, folder, straight, loss):
+# On the first node are the batch script, srun, rank 0 and what all others have met at.
+@pytest.mark.parametrize("loss, node", [("node_down", "n1"), ("cut_off", "n2")])
+def test_a_job_that_loses_a_node_comes_back_when_there_is_one(
+    cluster, folder, straight, loss, node
+):
     run = folder / loss
     job = runs.submit(cluster, folder, run)
     runs.wait_for_step(run, 25, lambda: is_there(cluster, job))
-    getattr(cluster, loss)("n2")
+    getattr(cluster, loss)(node)
     try:
         wait_until(
             "a requeue", NODE_LOSS_SECONDS, lambda: cluster.job(job)["Restarts"] == "1", pause=1
         )
     finally:
-        {"node_down": cluster.node_up, "cut_off": cluster.reconnect}[loss]("n2")
+        {"node_down": cluster.node_up, "cut_off": cluster.reconnect}[loss](node)
     finish(cluster, job, folder, run, straight)

@@ -7,7 +7,8 @@ HOSTS is RUN/launch/hosts; the arguments after PORT go to the trainer as they ar
 SLURM signals every process of a step. DeepSpeed's front end would die of it; its launcher would
 end the ranks one after another, 30 s each, in the midst of their checkpoint. So the signals are
 blocked before either starts: processes inherit that, through exec as well. The ranks unblock them
-(`StopRequest.catch_signals`), save together and leave; then their launchers leave by themselves.
+when they are ready to train (`StopRequest.catch_signals`), save together and leave; then their
+launchers leave by themselves.
 Where one rank has failed the others are ended from here, all at once.
 
 Exit status: that of DeepSpeed's launcher, which is that of the first rank that failed.
@@ -16,7 +17,6 @@ Exit status: that of DeepSpeed's launcher, which is that of the first rank that 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import uuid
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vqrae_ds.launching.orders import LAUNCH
 from vqrae_ds.launching.processes import PATIENCE, Siblings
-from vqrae_ds.stopping import SIGNALS
+from vqrae_ds.stopping import hold_signals
 
 INTERVAL = 1.0  # seconds between two looks at the ranks
 
@@ -37,7 +37,7 @@ def main() -> None:
     command += ["--hostfile", hostfile, "--no_ssh", "--node_rank", os.environ["SLURM_NODEID"]]
     command += ["--master_addr", address, "--master_port", port]
     command += ["--module", "vqrae_ds.train", *arguments]
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    hold_signals()
     sys.exit(run(command, Path(hostfile).parent.parent))
 
 
