@@ -31,10 +31,10 @@ def launch(
     hostfile: str = "hosts",
     **env: str,
 ) -> subprocess.Popen:
-    """The script on `host`; its log is beside the run's folder."""
+    """The script on `host`; its log is beside the run's folder. The doctor is left out."""
     command = ["bash", "launchers/multinode.sh", folder / hostfile, *runs.files_of(folder, 1)]
     command += [*runs.settings_of(run), *overrides]
-    env = runs.site(SILENCE=str(SILENCE), GRACE=str(GRACE), **env)
+    env = runs.site(SILENCE=str(SILENCE), GRACE=str(GRACE), **{"DOCTOR": "no", **env})
     with open(folder / "log", "a") as log:
         return cluster.start(
             host, command, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0

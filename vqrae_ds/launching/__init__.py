@@ -5,6 +5,7 @@
     hostfile    DeepSpeed's launcher over pdsh, watched
     rank        a rank that was started over ssh, and gets arguments and environment from a file
     guardian    on each node of a hostfile: ends what is left there when the job is over or silent
+    processes   those of a launch on a node, found and ended; ranks whose sibling has failed
     hosts, orders, run_folder    files that these need
     doctor      examines all nodes before a run: over connections it asks a probe on each, what it
                 needs is in needs and checkpoint_size, what it finds in checks and table
