@@ -6,7 +6,9 @@
 # must be installed here. The same command again resumes. Run it in tmux: it ends with its terminal.
 #
 # Ctrl-C or TERM   all ranks save, and it ends with status 85; once more kills the ranks
-# a node is lost   noticed within SILENCE; the job ends on all nodes, on the lost one too
+# a rank is killed the job ends on all nodes within GRACE (60 s) and a minute
+# a node is lost   noticed within SILENCE (60 s); 20 s later the job has ended on all nodes, on the
+#                  lost one too
 # status           0 done, 85 stopped, 2 a mistake in what it was given, else failed
 set -euo pipefail
 
@@ -16,15 +18,11 @@ ENV_FILE=${ENV_FILE:-}                           # sourced first: modules, NCCL_
 export VQRAE_FORWARD=${VQRAE_FORWARD:-}          # more variables for the ranks: A,B_ (orders.py has the list)
 export MASTER_ADDR=${MASTER_ADDR:-}              # of the first node; else the first that `hostname -I` says
 export MASTER_PORT=${MASTER_PORT:-}              # else one by the run's folder
-DOCTOR=${DOCTOR:-yes}                            # no: do not look at the nodes first
+export DOCTOR=${DOCTOR:-yes}                     # no: do not look at the nodes first
+export DOCTOR_SECONDS=${DOCTOR_SECONDS:-}        # that a node has to answer, else 30
 export VQRAE_SILENCE_SECONDS=${SILENCE:-60}      # a node that does not answer for so long is lost
 export VQRAE_GRACE_SECONDS=${GRACE:-60}          # how long other nodes may go on after one has ended
 
 cd "$PROJECT"
-# shellcheck disable=SC1090
-[[ -z $ENV_FILE ]] || source "$ENV_FILE"
-export PATH="$(dirname "$PYTHON"):$PATH"         # DeepSpeed looks for ninja there
-if [[ $DOCTOR != no && $# -ge 3 ]]; then         # a broken node is named before anything starts
-    "$PYTHON" -m vqrae_ds.launching.doctor --hostfile "$1" --config "$2" --deepspeed_config "$3" "${@:4}"
-fi
+source launchers/site.sh
 exec "$PYTHON" -m vqrae_ds.launching.hostfile "$@"

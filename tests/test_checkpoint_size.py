@@ -13,7 +13,12 @@ from tests.conftest import ROOT
 from tests.distributed import run_ranks
 from tests.tiny import ENCODER, GAN, MODEL, make_rank_folders, make_run, make_setup, random_images
 from vqrae_ds.config import DecoderConfig, ModelConfig, read_run
-from vqrae_ds.launching.checkpoint_size import Counts, checkpoint_bytes, count_parameters
+from vqrae_ds.launching.checkpoint_size import (
+    Counts,
+    checkpoint_bytes,
+    count_parameters,
+    pretrained_bytes,
+)
 from vqrae_ds.models.vqrae import VQRAE
 from vqrae_ds.planning import plan
 
@@ -22,6 +27,8 @@ BF16 = {"bf16": {"enabled": True}}
 ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
 # Wide enough that DeepSpeed's own files and the pickles' words do not count.
 WIDE = {"hidden_size": 256, "num_heads": 4, "intermediate_size": 1024, "num_layers": 4}
+# Frozen in stage 1, and as large as all else.
+LARGE = {**ENCODER, "hidden_size": 384, "intermediate_size": 1536}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -35,7 +42,9 @@ def test_counts_of_every_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -
     for part in plan(run).parts:
         if part.engine == "discriminator":
             exact["discriminator"] += part.count
-        elif part.name not in ("LPIPS", "ConvNeXt-S"):  # in no checkpoint
+        elif part.kind == "frozen" and part.name in ("encoder", "teacher"):
+            exact["pretrained"] += part.count
+        elif part.name not in ("LPIPS", "ConvNeXt-S"):  # nowhere in a run's folder
             exact[part.kind] += part.count
     counts = count_parameters(run)._asdict()
     for kind in Counts._fields:
@@ -46,8 +55,10 @@ def save_checkpoints(rank: int, folder: Path) -> None:
     """A checkpoint of each kind on one real rank, held against the formula."""
     from vqrae_ds import checkpoint
 
-    wide = ModelConfig(encoder_config=ENCODER, decoder=DecoderConfig(**WIDE), **MODEL)
+    wide = ModelConfig(encoder_config=LARGE, decoder=DecoderConfig(**WIDE), **MODEL)
     VQRAE(config=wide).save_pretrained(folder / "wide")
+    (folder / "large").mkdir()
+    (folder / "large" / "config.json").write_text(json.dumps(LARGE))
     cases = [
         {"stage": 1, "losses": {"perceptual": None, "adversarial": GAN}, "ema": {"decay": 0.9}},
         {"stage": 2, "losses": {"perceptual": None}, "deepspeed": BF16},
@@ -59,7 +70,8 @@ def save_checkpoints(rank: int, folder: Path) -> None:
     ]
     for case in cases:
         deepspeed = {**ADAMW, **case.pop("deepspeed", {})}
-        options = {"model": {"decoder": WIDE}, "init": {"model": str(folder / "wide")}, **case}
+        model = {"decoder": WIDE, "encoder_config_path": str(folder / "large")}
+        options = {"model": model, "init": {"model": str(folder / "wide")}, **case}
         run = make_run(folder, deepspeed=deepspeed, world_size=1, **options)
         setup = make_setup(run)
         for _ in range(run.schedule.batch.accumulation):  # moments are there from a step on
@@ -71,6 +83,10 @@ def save_checkpoints(rank: int, folder: Path) -> None:
         files = json.loads((saved / "manifest.json").read_text())["files"]
         size = sum(file["size"] for file in files.values())
         assert size == pytest.approx(checkpoint_bytes(run), rel=0.03), case
+        frozen = checkpoint.write_pretrained(run, setup.generator)
+        assert (frozen.size if frozen else 0) == pytest.approx(pretrained_bytes(run), rel=0.03), (
+            case
+        )
         shutil.rmtree(saved)
 
 

@@ -63,8 +63,13 @@ def test_faults_are_named_below_the_table(run_files: Path) -> None:
     )
     assert set(found) == {"data", "weights"}
     assert f"{run_files}/shards/000001.tar is missing" in found["data"]
-    assert f"init.encoder_weights: {run_files}/nowhere is not there" in found["weights"]
-    assert f"losses.perceptual.weights: {run_files}/lpips.safetensors is not" in found["weights"]
+    assert (
+        f"init.encoder_weights: {run_files}/nowhere/model.safetensors is missing"
+        in found["weights"]
+    )
+    assert (
+        f"losses.perceptual.weights: {run_files}/lpips.safetensors is missing" in found["weights"]
+    )
 
 
 def test_the_packages_are_those_that_the_project_requires(run_files: Path) -> None:
@@ -81,6 +86,7 @@ def test_the_packages_are_those_that_the_project_requires(run_files: Path) -> No
         (["--local", "--slurm"], "not allowed with argument"),
         (["--hostfile", "nowhere"], "hostfile nowhere is not a file"),
         (["--local", "run.total_step=1"], "run.total_steps"),
+        (["--local", "--seconds", "4"], "the nodes have 4 s to answer: 5 or more"),
         (["--local", "--master_port", "70000"], "--master_port 70000 is not a port"),
     ],
 )
@@ -191,17 +197,38 @@ def test_the_majority_is_right(run_files: Path) -> None:
 
 
 def test_disk_for_what_is_still_to_come(run_files: Path) -> None:
-    """keep_last = 3 means four while the newest is written; those that are there take no more."""
-    needs = needs_for(run_files, "config.yaml")._replace(checkpoint_bytes=10 * 10**9, keep_last=3)
+    """Those that are there take no more, nor do frozen weights that are written once a run."""
+    needs = needs_for(run_files, "config.yaml")
+    needs = needs._replace(
+        checkpoint_bytes=10 * 10**9, most_checkpoints=4, pretrained_bytes=5 * 10**9
+    )
 
-    def state(free: float, checkpoints: int, size: float | None) -> str:
+    def state(free: float, checkpoints: int, size: float | None, has_frozen: bool) -> str:
         disk = {"free": free * 1e9, "checkpoints": checkpoints, "size": size and size * 1e9}
-        facts = report("n1").facts | {"disk": {"value": disk}}
+        facts = report("n1").facts | {"disk": {"value": {**disk, "has_frozen": has_frozen}}}
         return judge([report("n1")._replace(facts=facts)], needs)["disk"][0].state
 
-    assert [state(39.9, 0, None), state(40, 0, None)] == ["broken", "ok"]
-    assert [state(19.9, 2, 10), state(20, 2, 10)] == ["broken", "ok"]
-    assert [state(10, 5, 12), state(12, 5, 12)] == ["broken", "ok"]
+    assert [state(44.9, 0, None, False), state(45, 0, None, False)] == ["broken", "ok"]
+    assert [state(19.9, 2, 10, True), state(20, 2, 10, True)] == ["broken", "ok"]
+    assert [state(11.9, 3, 12, True), state(12, 3, 12, True)] == ["broken", "ok"]
+    assert state(0, 4, 12, True) == "ok", "a run that has saved all that it will"
+
+
+def test_number_of_checkpoints_and_a_node_s_own_disk(run_files: Path, tmp_path: Path) -> None:
+    """As the trainer counts: the next one beside the last, those for ever, no more than steps."""
+    every = ("checkpoint.every_steps=20", "checkpoint.keep_last=3", "run.total_steps")
+    for steps, more, number in ((100, [], 4), (60, [], 3), (100, ["checkpoint.keep_every=40"], 6)):
+        needs = needs_for(run_files, "config.yaml", *every[:2], f"{every[2]}={steps}", *more)
+        assert needs.most_checkpoints == number
+    needs = needs_for(run_files, "config.yaml", f"checkpoint.local_dir={tmp_path}/own")
+    assert needs.local_dir == f"{tmp_path}/own"
+    needs = needs._replace(checkpoint_bytes=10 * 10**9)
+    facts = [report(f"n{i}").facts | {"local": {"value": 4e9}} for i in (1, 2)]
+    hosts = [Host("n1", 1), Host("n2", 3)]
+    reports = [Report(host, fact) for host, fact in zip(hosts, facts, strict=True)]
+    cells = judge(reports, needs)["local disk"]
+    assert [cell.state for cell in cells] == ["ok", "broken"]
+    assert "its share of a checkpoint has 7.5 GB" in cells[1].detail
 
 
 def report(name: str, torch: str = "2.10", gpus: int = 8) -> Report:
@@ -213,9 +240,9 @@ def report(name: str, torch: str = "2.10", gpus: int = 8) -> Report:
         "config": {},
         "gpus": gpus,
         "run folder": True,
-        "disk": {"free": 1e15, "checkpoints": 0, "size": None},
+        "disk": {"free": 1e15, "checkpoints": 0, "size": None, "has_frozen": False},
         "weights": [],
-        "data.train": {"shards": 1, "mine": 1, "checked": 1, "missing": [], "resized": []},
+        "data.train": {"shards": 1, "mine": 1, "checked": 1, "faults": []},
     }
     return Report(Host(name, 2), {fact: {"value": value} for fact, value in facts.items()})
 

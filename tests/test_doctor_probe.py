@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -107,13 +108,14 @@ def test_shards_are_looked_at_by_one_node_or_shared_out(tmp_path: Path) -> None:
     (tmp_path / "few" / "0.tar").write_bytes(b"123")
     (tmp_path / "few" / "1.tar").write_bytes(b"12")
     found = probe.shards(str(tmp_path / "few"), rank=1, nodes=2)
-    assert found["missing"] == ["2.tar"] and found["resized"] == [["1.tar", 2, 3]]
+    wrong = [["1.tar", "has 2 bytes, the index says 3"], ["2.tar", "is missing"]]
+    assert found["faults"] == wrong
     assert (found["shards"], found["mine"], found["checked"]) == (3, 3, 3)
 
     names = [f"{i:05d}.tar" for i in range(probe.MANY_SHARDS + 1)]
     write_index(tmp_path / "many", dict.fromkeys(names, 1))
     shares = [probe.shards(str(tmp_path / "many"), rank, nodes=3) for rank in range(3)]
-    missing = [name for share in shares for name in share["missing"]]
+    missing = [name for share in shares for name, _ in share["faults"]]
     assert sorted(missing) == names, "each by one node"
 
 
@@ -127,19 +129,57 @@ def test_weights_and_first_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     encoder = {"setting": "init.encoder_weights", "path": str(folder), "kind": "weights"}
     cached = {"setting": "lpips", "path": None, "cached": "vgg.pth", "kind": "file"}
     wanted = [{**encoder, "is_first": True}, {**cached, "is_first": False}]
-    lpips = ["lpips", str(tmp_path / "cache/hub/checkpoints/vgg.pth")]
+    lpips = ["lpips", str(tmp_path / "cache/hub/checkpoints/vgg.pth"), "is missing"]
+    first = ["init.encoder_weights", str(folder / "two.safetensors"), "is missing"]
 
     run = tmp_path / "run"
-    assert probe.missing_weights(str(run), wanted) == [["init.encoder_weights", str(folder)], lpips]
+    assert probe.faulty_weights(str(run), wanted) == [first, lpips]
     (folder / "two.safetensors").touch()
-    assert probe.missing_weights(str(run), wanted) == [lpips]
+    assert probe.faulty_weights(str(run), wanted) == [lpips]
     (folder / "two.safetensors").unlink()
     (run / "checkpoints/step_00000010").mkdir(parents=True)
     files = {"files": {"a": {"size": 7}, "b": {"size": 5}}}
     (run / "checkpoints/step_00000010/manifest.json").write_text(json.dumps(files))
-    assert probe.missing_weights(str(run), wanted) == [lpips], "a run that resumes needs no first"
+    assert probe.faulty_weights(str(run), wanted) == [lpips], "a run that resumes needs no first"
     found = probe.disk(str(run))
     assert (found["checkpoints"], found["size"]) == (1, 12) and found["free"] > 0
+
+
+def test_what_is_there_but_not_for_this_user(tmp_path: Path) -> None:
+    """Permissions hold for others than root alone: root asks as nobody."""
+    write_index(tmp_path / "shards", {"0.tar": 1, "1.tar": 1})
+    for path in [tmp_path / "shards/0.tar", tmp_path / "shards/1.tar", tmp_path / "vgg.pth"]:
+        path.write_bytes(b"1")
+        path.chmod(0o000 if path.name != "0.tar" else 0o444)
+    weights = [{"setting": "lpips", "path": str(tmp_path / "vgg.pth"), "kind": "file"}]
+    code = (
+        "import json, sys; exec(sys.stdin.read()); weights = json.loads(sys.argv[2]); "
+        "print(json.dumps([shards(sys.argv[1], 0, 1), faulty_weights('/x', weights)]))"
+    )
+    listed = json.dumps([{**entry, "is_first": False} for entry in weights])
+    command = [sys.executable, "-c", code, str(tmp_path / "shards"), listed]
+    if os.geteuid() == 0:
+        # Folders of pytest are their user's alone.
+        command = ["setpriv", "--reuid=65534", "--clear-groups", "--inh-caps=-all", *command]
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        if folder != Path("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    text = probe_text().partition("if __name__")[0]
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shards, found = json.loads(done.stdout)
+    assert shards["faults"] == [["1.tar", "cannot be read by this user"]]
+    assert found == [["lpips", str(tmp_path / "vgg.pth"), "cannot be read by this user"]]
+
+
+def test_a_node_s_own_disk(tmp_path: Path) -> None:
+    local = str(tmp_path / "own" / "disk")
+    (answer,) = ask(("inspect", 20, details(tmp_path, local_dir=local)))
+    assert answer["local"]["value"] == pytest.approx(probe.free_bytes(str(tmp_path)), rel=0.5)
+    assert not (tmp_path / "own").exists(), "what was made is removed"
+    (tmp_path / "file").touch()
+    (answer,) = ask(("inspect", 20, details(tmp_path, local_dir=f"{tmp_path}/file/disk")))
+    assert "error" in answer["local"]
 
 
 def test_what_hangs_or_fails_is_told_apart() -> None:

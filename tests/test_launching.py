@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
-import uuid
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,20 +15,17 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from tests.config_files import write_files
 from tests.conftest import ROOT, run_python
-from vqrae_ds.launching.guardian import END, REPORT
 from vqrae_ds.launching.hosts import Host, read_hostfile, write_hostfile
-from vqrae_ds.launching.nodes import Nodes, ssh_options
 from vqrae_ds.launching.orders import (
-    LAUNCH,
     Orders,
     forwarded,
     read_orders,
     write_deepspeed_env,
     write_orders,
 )
-from vqrae_ds.launching.processes import end, processes_of
+from vqrae_ds.launching.owner import Owner, this_process
 from vqrae_ds.launching.run_folder import RunFolder
-from vqrae_ds.stopping import DONE, PREEMPTED, STOP
+from vqrae_ds.stopping import DONE, PREEMPTED, SIGNALS, STOP
 
 VALUES = [
     "",
@@ -93,31 +89,6 @@ def test_hostfile_launch_refuses_in_one_line_before_anything_is_started(tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("silence", [1.0, 10.0, 60.0, 61.0, 600.0])
-def test_ssh_does_not_give_a_node_up_before_the_launcher_does(silence):
-    listed = subprocess.run(
-        ["ssh", "-G", *ssh_options(silence), "n1"], capture_output=True, text=True
-    )
-    assert listed.returncode == 0, listed.stderr
-    options = dict(line.split(maxsplit=1) for line in listed.stdout.splitlines() if " " in line)
-    alive = int(options["serveraliveinterval"]) * int(options["serveralivecountmax"])
-    assert silence < alive <= silence + 30
-
-
-def test_nodes_that_greet_are_understood_and_kept_waiting_for_the_slowest(tmp_path, monkeypatch):
-    """ssh leads to a guardian that writes down what it is told, on n2 after a while."""
-    guardian = f"printf 'Hello\\n5 users '; printf '\\n{REPORT}3\\n'"
-    script = f'case "$*" in *" n2 "*) who=n2; sleep 2;; *) who=n1;; esac; {guardian}'
-    (tmp_path / "ssh").write_text(f"#!/bin/sh\n{script}; exec sed -u /{END}/q >{tmp_path}/$who\n")
-    (tmp_path / "ssh").chmod(0o700)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with Nodes(["n1", "n2"], "mark", tmp_path, silence=20) as nodes:
-        assert (tmp_path / "n1").read_text().startswith("on\non\n")
-        assert [node.processes for node in nodes.all] == [3, 3]
-        assert nodes.trouble() is None and nodes.is_any_alive()
-    assert (tmp_path / "n2").read_text().endswith("end\n")
-
-
 def test_values_pass_through_deepspeed_and_a_shell(tmp_path):
     values = {f"DS_ACCELERATOR_{i}": value for i, value in enumerate(VALUES)}
     write_deepspeed_env(tmp_path / "env", {**values, "OTHER": "stays"}, PYTHONX="own")
@@ -143,45 +114,6 @@ def test_orders_are_for_this_user_alone_and_hold_no_secret(tmp_path):
     write_orders(tmp_path / "orders", orders)
     assert read_orders(tmp_path / "orders") == orders
     assert (tmp_path / "orders").stat().st_mode & 0o777 == 0o600
-
-
-def sleeper(**environment: str) -> subprocess.Popen:
-    """A process with a child of its own, both with this environment."""
-    code = "import subprocess, sys; subprocess.Popen(['sleep', '1003']); sys.stdin.read()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, env={**os.environ, **environment}
-    )
-
-
-@pytest.mark.parametrize("reason", ["asked", "connection closed", "silence"])
-def test_guardian_ends_what_has_the_mark_and_nothing_else(tmp_path, reason):
-    mark = uuid.uuid4().hex
-    ours, other = sleeper(**{LAUNCH: mark}), sleeper(**{LAUNCH: mark[:-1]})
-    silence = "1" if reason == "silence" else "100"
-    command = [sys.executable, "-m", "vqrae_ds.launching.guardian", mark, str(tmp_path), silence]
-    watcher = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    try:
-        while len(processes_of(mark)) < 2:
-            time.sleep(0.05)
-        assert watcher.poll() is None
-        if reason == "asked":
-            watcher.stdin.write("on\nend\n")
-            watcher.stdin.flush()
-        elif reason == "connection closed":
-            watcher.stdin.close()
-        assert watcher.wait(30) == 0
-        reports = [line for line in watcher.stdout.read().splitlines() if line]
-        assert reports[-1] == f"{REPORT}0" and all(line.startswith(REPORT) for line in reports)
-        assert ours.wait(5) == -signal.SIGKILL and not processes_of(mark)
-        assert other.poll() is None and len(processes_of(mark[:-1])) == 2
-    finally:
-        watcher.kill()
-        for name in (mark, mark[:-1]):
-            end(name)
-        for process in (ours, other, watcher):
-            process.wait()
 
 
 def test_a_signal_that_was_held_by_the_launcher_is_noted_in_the_end(tmp_path):
@@ -212,14 +144,14 @@ assert request.signal == signal.SIGTERM
 
 def test_markers_of_an_earlier_start_are_gone_and_a_signal_becomes_a_file(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.open()
+    folder.open(this_process())
     assert folder.marker() is None
     (folder.path / PREEMPTED).touch()
     assert folder.marker() == PREEMPTED
     (folder.path / DONE).touch()
     assert folder.marker() == DONE
     (folder.path / STOP).touch()
-    folder.open()
+    folder.open(this_process())
     assert folder.marker() is None and not (folder.path / STOP).exists()
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -228,11 +160,79 @@ def test_markers_of_an_earlier_start_are_gone_and_a_signal_becomes_a_file(tmp_pa
         folder.turn_signals_into_stop()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert (folder.path / STOP).exists() and folder.times_asked == 1
-        folder.open()
+        folder.open(this_process())
         assert (folder.path / STOP).exists(), "a signal that came before is not forgotten"
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_run_has_one_launch_at_a_time(tmp_path):
+    """One that lives is not disturbed; one that was killed, or whose pid is another's, is gone."""
+    (tmp_path / "launch").mkdir()
+    ours, path = RunFolder(tmp_path), tmp_path / "launch" / "owner.json"
+    code = """
+import sys
+from pathlib import Path
+from vqrae_ds.launching.owner import this_process
+from vqrae_ds.launching.run_folder import RunFolder
+RunFolder(Path(sys.argv[1])).open(this_process())
+print("open", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    theirs = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert theirs.stdout.readline() == b"open\n"
+        (tmp_path / STOP).touch()
+        with pytest.raises(ValueError, match=f"process {theirs.pid} on .* is at work") as refused:
+            ours.open(this_process())
+        assert "\n" not in str(refused.value) and (tmp_path / STOP).exists()
+        (tmp_path / STOP).unlink()
+        ours.turn_signals_into_stop()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not (tmp_path / STOP).exists(), "a signal to the second launch is not the first's"
+    finally:
+        theirs.kill()
+        theirs.communicate()
+        for number in SIGNALS:
+            signal.signal(number, before[number])
+    RunFolder(tmp_path).open(this_process())
+    reused = this_process()._replace(began="1")
+    path.write_text(json.dumps(reused._asdict()))
+    RunFolder(tmp_path).open(this_process())
+    path.write_text(json.dumps(Owner("no.such.host.invalid", 1, "1")._asdict()))
+    with pytest.raises(ValueError, match=f"cannot be asked: if it has ended, remove {path}"):
+        RunFolder(tmp_path).open(this_process())
+
+
+@pytest.mark.parametrize(
+    "script", ["slurm.sbatch", "multinode.sh", "doctor", "slurm_convert.sbatch"]
+)
+def test_the_environment_of_a_site_may_be_sloppy(tmp_path, script):
+    """Its last line fails, it reads what is not set: so do modules and conda."""
+    site = tmp_path / "site env"
+    site.write_text('export FOUND="yes $NOT_SET_BEFORE"\nfalse\n[ -d /nowhere ] && export B=1\n')
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$FOUND" "$PATH" "$@"\n')
+    python.chmod(0o700)
+    environment = {"PATH": "/usr/bin:/bin", "PROJECT": str(ROOT), "PYTHON": str(python)}
+    command = ["bash", ROOT / "launchers" / script, *(f"{tmp_path}/{i}" for i in range(3))]
+
+    def start(env_file: Path) -> subprocess.CompletedProcess[str]:
+        env = {**environment, "ENV_FILE": str(env_file)}
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    done = start(site)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"yes  {python.parent}:/usr/bin:/bin "), done.stdout
+    done = start(tmp_path / "nowhere")
+    assert done.returncode == 2 and "nowhere cannot be read" in done.stderr
+    site.write_text("set +e\n")
+    python.write_text("#!/bin/sh\nexit 7\n")
+    assert start(site).returncode == 7
 
 
 @pytest.mark.parametrize(

@@ -116,12 +116,14 @@ def wrong_slots(place: Place):
     before = hosts.read_text()
     hosts.write_text("n1 slots=2\nn2 slots=6\n")
     folder = Path("/usr/local/bin")
-    with (
-        overlaid(place.cluster, "n1", folder, change),
-        overlaid(place.cluster, "n2", folder, change),
-    ):
-        yield
-    hosts.write_text(before)
+    try:
+        with (
+            overlaid(place.cluster, "n1", folder, change),
+            overlaid(place.cluster, "n2", folder, change),
+        ):
+            yield
+    finally:
+        hosts.write_text(before)
 
 
 FAULTS = [
@@ -169,7 +171,7 @@ FAULTS = [
     Fault(
         "disk too small",
         on_run_folder("mount -t tmpfs -o size=1m none $F"),
-        r"n2  disk: .* free in .*, but 4 more checkpoints of .* are to come",
+        r"n2  disk: .* free in .*, but \d more checkpoints of .* are to come",
     ),
     Fault(
         "read-only folder",
@@ -186,7 +188,7 @@ FAULTS = [
     Fault(
         "missing weights",
         lambda p: overlaid(p.cluster, "n2", p.folder, "rm lpips.safetensors"),
-        r"n2  weights: losses\.perceptual\.weights: .*lpips\.safetensors is not there",
+        r"n2  weights: losses\.perceptual\.weights: .*lpips\.safetensors is missing",
     ),
     Fault(
         "clock off",

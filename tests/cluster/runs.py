@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import sysconfig
 import time
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +58,16 @@ def site(**more: str) -> dict[str, str]:
     """The environment that a launch script is called in."""
     settings = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "RANKS_PER_NODE": "1"}
     return {**environment(), **settings, **more}
+
+
+def python_without_torch(folder: Path) -> Path:
+    """An environment that can read configurations and no more, as one beside a container."""
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    wanted = ("pydantic", "pydantic_core", "annotated_types", "typing_inspection", "yaml", "xxhash")
+    for name in (*wanted, "typing_extensions.py"):
+        (packages / name).symlink_to(Path(sysconfig.get_path("purelib"), name))
+    return folder / "bin" / "python"
 
 
 def wait_for_step(run: Path, step: int, is_alive: Callable[[], bool]) -> None:

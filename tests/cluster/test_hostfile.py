@@ -31,10 +31,10 @@ def launch(
     hostfile: str = "hosts",
     **env: str,
 ) -> subprocess.Popen:
-    """The script on `host`; its log is beside the run's folder. The doctor is left out."""
+    """The script on `host`; its log is beside the run's folder."""
     command = ["bash", "launchers/multinode.sh", folder / hostfile, *runs.files_of(folder, 1)]
     command += [*runs.settings_of(run), *overrides]
-    env = runs.site(SILENCE=str(SILENCE), GRACE=str(GRACE), **{"DOCTOR": "no", **env})
+    env = runs.site(SILENCE=str(SILENCE), GRACE=str(GRACE), **env)
     with open(folder / "log", "a") as log:
         return cluster.start(
             host, command, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0
@@ -56,16 +56,25 @@ def status_of(process: subprocess.Popen, seconds: float) -> int:
 def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(cluster, folder):
     """Three ranks, two of them on one node."""
     run = folder / f"pdsh {runs.ODD}"
-    env = {"VQRAE_ODD": runs.ODD, "NCCL_ODD": f"{runs.ODD}\n2", "OTHER": "o", "HF_TOKEN": "secret"}
-    env |= {"VQRAE_FORWARD": "OTHER", "DOCTOR": "yes"}
+    env = {
+        "VQRAE_ODD": runs.ODD,
+        "NCCL_ODD": f"{runs.ODD}\n2",
+        "OTHER": "o",
+        "HF_TOKEN": "first-secret",
+    }
+    env |= {"PYTHON_API_KEY": "second-secret", "UCX_PASSWORD": "third-secret"}
+    env |= {"OF_THE_SITE_TOKEN": "fourth-secret", "VQRAE_FORWARD": "OTHER,OF_THE_SITE_TOKEN"}
     job = launch(cluster, folder, run, *runs.THREE_RANKS, hostfile="uneven_hosts", **env)
     for rank, (node, local_rank) in enumerate([("n1", 0), ("n1", 1), ("n2", 0)]):
         theirs = runs.environment_of(cluster, node, runs.rank_of(cluster, node, local_rank))
         assert (theirs["RANK"], theirs["WORLD_SIZE"]) == (str(rank), "3")
         assert theirs["VQRAE_ODD"] == runs.ODD and theirs["NCCL_ODD"] == f"{runs.ODD}\n2"
         assert theirs["OTHER"] == "o" and "HF_TOKEN" not in theirs
+        assert theirs["OF_THE_SITE_TOKEN"] == "fourth-secret"
     assert status_of(job, runs.START_SECONDS) == 0, (folder / "log").read_text()[-6000:]
     assert (run / DONE).exists()
+    log = (folder / "log").read_text()
+    assert "deepspeed.launcher.launch" in log and "-secret" not in log
     one_node = folder / "one_node"
     train(folder, 1, *runs.settings_of(one_node), *runs.THREE_RANKS, ranks=3)
     theirs = runs.weights_of(one_node, folder / "one_node_weights")
@@ -81,6 +90,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_harms_no_other(cluster, folder, s
     try:
         job = launch(cluster, folder, run)
         runs.wait_for_step(run, 5, lambda: job.poll() is None)
+        assert status_of(launch(cluster, folder, run), 60) == 2, "a second launch of it"
+        assert " is at work on this run" in (folder / "log").read_text()
         ask_to_stop(cluster)
         assert status_of(job, 120) == PREEMPTED_STATUS
         assert (run / PREEMPTED).exists() and not (run / DONE).exists()

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import runs
+from tests.cluster import faults, runs
 from tests.cluster.cluster import CONTROLLER, ENDED, MiniCluster, wait_until
 from vqrae_ds.stopping import DONE, PREEMPTED, STOP
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 CLUSTER = {"MC_TIMEOUT": "10", "MC_GRACE": "60", "MC_KILL_WAIT": "40"}
+PREEMPTING = ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
 # A rank dies, and its launcher notices within 1 s; srun ends the others after KillWait at the most.
 END_SECONDS = 90
 # A node is called down after SlurmdTimeout, once in that time; then KillWait and the credential.
@@ -50,18 +51,30 @@ def finish(cluster: MiniCluster, job: str, folder: Path, run: Path, straight) ->
 def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
     cluster, folder, straight
 ):
+    """With the Python of the nodes in a container, and none with torch outside of it."""
     run = folder / f"slurm {runs.ODD}"
-    (folder / "env").write_text("export VQRAE_OF_THE_SITE=given\n")
+    # What an interactive shell bears.
+    (folder / "env").write_text('export VQRAE_OF_THE_SITE="given$NOT_SET"\n[ -d /no ] && X=1\n')
     within = folder / "within"  # what would put a node's Python into a container
     within.write_text(f'#!/bin/sh\nexport VQRAE_WITHIN=yes\nexec {sys.executable} "$@"\n')
     within.chmod(0o700)
+    outside = runs.python_without_torch(folder / "outside")
     env = {"VQRAE_ODD": runs.ODD, "ENV_FILE": str(folder / "env"), "NODE_PYTHON": str(within)}
-    job = runs.submit(cluster, folder, run, f"--output={folder}/odd.log", env=env)
+    env |= {"PYTHON": str(outside), "HF_TOKEN": "first-secret", "MLFLOW_PASSWORD": "second-secret"}
+    # Many sites want tasks to be named; there is one launcher a node all the same.
+    options = (f"--output={folder}/odd.log", "--ntasks-per-node=2")
+    job = runs.submit(cluster, folder, run, *options, env=env)
     for node in cluster.nodes:
         theirs = runs.environment_of(cluster, node, runs.rank_of(cluster, node))
         assert theirs["VQRAE_ODD"] == runs.ODD and theirs["VQRAE_OF_THE_SITE"] == "given"
         assert theirs["VQRAE_WITHIN"] == "yes"
+    command = ["bash", "launchers/multinode.sh", folder / "hosts", *runs.files_of(folder, 1)]
+    second = cluster.run(CONTROLLER, *command, *runs.settings_of(run), env=runs.site())
+    assert second.returncode == 2 and f"job {job} is at work on this run" in second.stderr
     assert finish(cluster, job, folder, run, straight)["Restarts"] == "0"
+    log = (folder / "odd.log").read_text()
+    assert "2 nodes in" in log and "sound" in log, "the doctor has looked"
+    assert "-secret" not in log
 
 
 def has_heard(cluster: MiniCluster, run: Path, rank: int) -> bool:
@@ -73,13 +86,24 @@ def has_heard(cluster: MiniCluster, run: Path, rank: int) -> bool:
     return bool(waiting >> (signal.SIGTERM - 1) & 1)
 
 
+def preempt_in_the_doctor_s_hands(cluster: MiniCluster, folder: Path, run: Path, job: str) -> None:
+    """Another job takes the nodes while the doctor waits for a file server that hangs."""
+    wait_until("the launcher", 60, (run / "launch" / "owner.json").exists)
+    cluster.ask(CONTROLLER, *PREEMPTING)
+    wait_until("a requeue", 60, lambda: cluster.job(job)["Restarts"] == "1")
+    assert "BROKEN: do not start yet" in (folder / f"{run.name}.log").read_text()
+    assert not (run / "metrics.jsonl").exists()
+
+
 def test_a_job_comes_back_from_every_interruption(cluster, folder, straight):
     run = folder / "interrupted"
-    job = runs.submit(cluster, folder, run, "--signal=B:USR1@60")
+    with faults.hanging(cluster, "n2", folder / "train"):
+        job = runs.submit(cluster, folder, run, "--signal=B:USR1@60")
+        preempt_in_the_doctor_s_hands(cluster, folder, run, job)
     interruptions = [
         ["scancel", "--batch", "--signal=USR1", job],
         ["scontrol", "update", f"JobId={job}", "TimeLimit=1"],  # less than --signal leaves
-        ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"],
+        PREEMPTING,
         ["scontrol", "requeue", job],
     ]
     for number, command in enumerate(interruptions):
@@ -93,9 +117,20 @@ def test_a_job_comes_back_from_every_interruption(cluster, folder, straight):
         assert not (run / DONE).exists()
         if "TimeLimit=1" in command:
             cluster.ask(CONTROLLER, "scontrol", "update", f"JobId={job}", "TimeLimit=20")
-    assert finish(cluster, job, folder, run, straight)["Restarts"] == "4"
+    assert finish(cluster, job, folder, run, straight)["Restarts"] == "5"
     log = (folder / "interrupted.log").read_text()
     assert log.count("asked to stop after step") == 4, "each time with a checkpoint"
+
+
+def test_a_job_that_is_asked_to_stop_before_it_has_begun_does_not_come_back(cluster, folder):
+    """As where --signal leaves as much time as --time gives: it would come back for ever."""
+    run = folder / "asked"
+    job = runs.submit(cluster, folder, run)
+    wait_until("the launcher", 60, (run / "launch" / "owner.json").exists)
+    cluster.ask(CONTROLLER, "scancel", "--batch", "--signal=USR1", job)
+    ended = cluster.wait_for_job(job, seconds=runs.START_SECONDS)
+    assert ended["JobState"] == "FAILED" and ended["Restarts"] == "0"
+    assert "not requeued: no step was saved in this start" in (folder / "asked.log").read_text()
 
 
 def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, folder):

@@ -89,15 +89,9 @@ def warn_of_shortage(
     discriminator: Any,
     ema: WeightAverage | None = None,
 ) -> None:
-    """Say at the start of a run where its checkpoints will not fit; all ranks call it.
-
-    There must be room for `keep_last` of them, for the next one, written before the oldest of these
-    goes, and for those that stay for ever.
-    """
-    config, total_steps = run.config.checkpoint, run.schedule.total_steps
-    number = min(config.keep_last + 1, -(-total_steps // config.every_steps))
-    if config.keep_every is not None:
-        number += total_steps // config.keep_every
+    """Say at the start of a run where its checkpoints will not fit; all ranks call it."""
+    config = run.config.checkpoint
+    number = config.most_at_once(run.schedule.total_steps)
     mine = own_bytes(generator, discriminator, ema)
     checkpoints = checkpoints_folder(run)
     there = from_rank_0(lambda: _bytes_of_checkpoints(checkpoints))  # part of that number

@@ -175,6 +175,15 @@ class CheckpointConfig(Section):
     keep_every: Positive | None = None  # steps that it divides are kept for ever beside those
     local_dir: Text | None = None  # a fast disk of each node, with room for its ranks' share
 
+    def most_at_once(self, total_steps: int) -> int:
+        """The number of checkpoints that there must be room for in a run of so many steps.
+
+        The last ones, the next one, written before the oldest of these goes, and those that stay
+        for ever.
+        """
+        number = min(self.keep_last + 1, -(-total_steps // self.every_steps))
+        return number + (0 if self.keep_every is None else total_steps // self.keep_every)
+
     @model_validator(mode="after")
     def _kept_are_saved(self) -> CheckpointConfig:
         if self.keep_every is not None and self.keep_every % self.every_steps:

@@ -20,7 +20,8 @@ class Counts(NamedTuple):
     """Parameters by what a checkpoint holds of them."""
 
     trained: int  # by the generator's engine
-    frozen: int
+    frozen: int  # SimVQ's codebook
+    pretrained: int  # the frozen encoder, the teacher: in no checkpoint, but once in the run
     buffers: int  # values, in fp32
     discriminator: int
 
@@ -44,6 +45,11 @@ def checkpoint_bytes(run: Run) -> int:
     return trained + discriminator + counts.frozen * own + counts.buffers * FP32
 
 
+def pretrained_bytes(run: Run) -> int:
+    """Bytes of the frozen pretrained weights, which a run writes once (`checkpoint.frozen`)."""
+    return count_parameters(run).pretrained * (BF16 if run.bf16 else FP32)
+
+
 def count_parameters(run: Run) -> Counts:
     """The parameters of a run; norms and biases inside blocks are counted as LayerNorm's."""
     model, losses = run.config.model, run.config.losses
@@ -65,7 +71,8 @@ def count_parameters(run: Run) -> Counts:
     is_trained = run.config.stage == 2
     return Counts(
         trained=ours + (encoder if is_trained else 0),
-        frozen=codebook + teacher + (0 if is_trained else encoder),
+        frozen=codebook,
+        pretrained=teacher + (0 if is_trained else encoder),
         buffers=buffers,
         discriminator=_discriminator(losses.adversarial),
     )

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vqrae_ds.launching import room
 from vqrae_ds.launching.hosts import Host
 from vqrae_ds.launching.needs import PACKAGE, Needs
 from vqrae_ds.launching.table import SKIPPED, Cell, broken, note, ok
@@ -46,8 +47,12 @@ def judge(reports: Sequence[Report], needs: Needs) -> dict[str, list[Cell]]:
         "clock": _clocks(reports),
         "folder": _cells(reports, "run folder", lambda value, _: ok(), needs.run_folder),
         "shared": _shared(reports, needs),
-        "disk": _cells(reports, "disk", _disk(needs), needs.run_folder),
+        "disk": _cells(
+            reports, "disk", lambda disk, _: room.for_run(disk, needs), needs.run_folder
+        ),
     }
+    if needs.local_dir is not None:
+        columns["local disk"] = _local_disk(reports, needs)
     data = [
         _cells(reports, setting, _shards(folder), folder) for setting, folder in needs.data.items()
     ]
@@ -245,19 +250,15 @@ def _shared(reports: Sequence[Report], needs: Needs) -> list[Cell]:
     return _cells(reports, "shared", judge_one, needs.run_folder)
 
 
-def _disk(needs: Needs) -> Judge:
-    def judge_one(value: Any, _: Report) -> Cell:
-        free, size = value["free"], value["size"] or needs.checkpoint_bytes
-        more = max(needs.keep_last + 1 - value["checkpoints"], 1)
-        if free >= more * size:
-            return ok(f"{_gigabytes(free)} free")
-        return broken(
-            f"{_gigabytes(free)} free in {needs.run_folder}, but {more} more checkpoints of "
-            f"{_gigabytes(size)} are to come (checkpoint.keep_last + 1 in all): make room, or "
-            "name another run.output_dir"
-        )
+def _local_disk(reports: Sequence[Report], needs: Needs) -> list[Cell]:
+    """Room on each node's own disk for what its ranks write of a checkpoint."""
+    ranks = sum(report.host.slots for report in reports)
 
-    return judge_one
+    def judge_one(free: Any, report: Report) -> Cell:
+        share = report.host.slots / ranks if ranks else 1 / len(reports)
+        return room.on_node(free, share, needs)
+
+    return _cells(reports, "local", judge_one, needs.local_dir)
 
 
 def _shards(folder: str) -> Judge:
@@ -266,9 +267,7 @@ def _shards(folder: str) -> Judge:
     def judge_one(value: Any, _: Report) -> Cell:
         if value["shards"] is None:
             return note("index", f"the index of {folder} is too large to look at every shard")
-        faults = [f"{folder}/{name} is missing" for name in value["missing"]]
-        for name, found, listed in value["resized"]:
-            faults.append(f"{folder}/{name} has {found} bytes, the index says {listed}")
+        faults = [f"{folder}/{name} {fault}" for name, fault in value["faults"]]
         if faults:
             more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
             return broken(f"{', '.join(faults[:NAMED])}{more}: {rebuild}")
@@ -280,9 +279,9 @@ def _shards(folder: str) -> Judge:
     return judge_one
 
 
-def _weights(missing: Any, _: Report) -> Cell:
-    faults = [f"{setting}: {path} is not there" for setting, path in missing]
-    return broken(f"{', '.join(faults)}: copy it to a shared disk") if faults else ok()
+def _weights(faulty: Any, _: Report) -> Cell:
+    faults = [f"{setting}: {path} {fault}" for setting, path, fault in faulty]
+    return broken(f"{', '.join(faults)}: see to it on a shared disk") if faults else ok()
 
 
 def _worst(cells: Sequence[Cell]) -> Cell:
@@ -290,7 +289,3 @@ def _worst(cells: Sequence[Cell]) -> Cell:
     worst = min(cells, key=lambda cell: order.index(cell.state))
     details = dict.fromkeys(cell.detail for cell in cells if cell.state == worst.state)
     return worst._replace(detail=" | ".join(details))
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / GB:,.1f} GB" if size >= GB else f"{size / 10**6:,.1f} MB"

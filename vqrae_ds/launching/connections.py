@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -44,8 +45,8 @@ _SSH_FAILURES = (
     ("Network is unreachable", "cut off: its network cannot be reached from here"),
 )
 _NO_PYTHON = (
-    "has no {python} that runs, which is the Python of the launcher: {said}. Install the "
-    "environment under the same path on every node, or share it"
+    "has no {python} that runs: {said}. Install the environment under the same path on every node, "
+    "or share it"
 )
 
 
@@ -54,8 +55,8 @@ class NodeLost(Exception):
 
 
 def command_for(host: str, way: Way) -> list[str]:
-    """The command that starts a probe on `host` with the Python that runs this."""
-    program = [sys.executable, "-u", "-c", _START]
+    """The command that starts a probe on `host`, with the Python that the ranks have there."""
+    program = [node_python(way), "-u", "-c", _START]
     if way == "local":
         return program
     if way == "srun":
@@ -63,6 +64,11 @@ def command_for(host: str, way: Way) -> list[str]:
         return ["srun", *one_task, "--overlap", "--quiet", *program]
     options = [word for option in _SSH_OPTIONS for word in ("-o", option)]
     return ["ssh", *options, "--", host, shlex.join(program)]
+
+
+def node_python(way: Way) -> str:
+    """The Python of the nodes: this one, or in a job NODE_PYTHON, which may be in a container."""
+    return (os.environ.get("NODE_PYTHON") if way == "srun" else None) or sys.executable
 
 
 class Connection:
@@ -148,7 +154,7 @@ def explain_failure(host: str, way: Way, status: int, said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     last = lines[-1] if lines else f"exit status {status}"
     if status in (126, 127):  # of the shell over there
-        return _NO_PYTHON.format(python=sys.executable, said=last)
+        return _NO_PYTHON.format(python=node_python(way), said=last)
     if way == "ssh" and status == 255:
         for sign, meaning in _SSH_FAILURES:
             if sign in said:

@@ -3,7 +3,7 @@
     launchers/doctor --hostfile HOSTS --config Y.yaml --deepspeed_config J.json [a.b=value ...]
 
 Exit status: 0 the run can be started, 1 something is broken and named, 2 a mistake in the command
-or its files.
+or its files. The launchers look at their nodes by `look_before_launch`.
 """
 
 from __future__ import annotations
@@ -11,30 +11,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import secrets
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.config import read_run
-from vqrae_ds.launching import checks
-from vqrae_ds.launching.checks import Report
-from vqrae_ds.launching.connections import Connection, NodeLost, Way, connect, probe_text
-from vqrae_ds.launching.hostfile import port_of_run
-from vqrae_ds.launching.hosts import Host, read_hostfile
+from vqrae_ds.launching.connections import Way
+from vqrae_ds.launching.examination import SHORTEST_SECONDS, examine
+from vqrae_ds.launching.hosts import Host, port_of, port_of_run, read_hostfile
 from vqrae_ds.launching.needs import Needs, needs_of
-from vqrae_ds.launching.slurm import hosts_of_job, port_of_job
-from vqrae_ds.launching.table import SKIPPED, Cell, is_sound, render
+from vqrae_ds.launching.slurm_job import hosts_of_job, job_id
+from vqrae_ds.launching.table import is_sound, render
 
-# From the start: until every node has given its facts, and until they have read one another's
-# files. A dead host takes 5 s (connections.CONNECT_SECONDS).
-FACTS_BY, SHARED_BY = 7.5, 9.2
-CLOCK_READINGS = 3
 LOCAL_PORT = 29500  # of the `deepspeed` command
+SECONDS = 10.0
+# Steps of SLURM and an interpreter over a busy file server take their time. A node that is called
+# broken for it costs a launch more than waiting does.
+LAUNCH_SECONDS = 30.0  # DOCTOR_SECONDS
 
 EXAMPLE = """\
 example:
@@ -46,18 +41,6 @@ example:
 It looks at: ssh or srun, Python, packages, the code's revision, the configuration, slots and GPUs,
 the master's port, clocks, the run's folder, free disk for checkpoints, shards, weights.
 """
-
-
-class Examination(NamedTuple):
-    """The columns of the table and how long they took."""
-
-    columns: dict[str, list[Cell]]
-    seconds: float
-
-
-class _Talk(NamedTuple):
-    report: Report
-    connection: Connection | None
 
 
 def main() -> None:
@@ -76,136 +59,70 @@ def main() -> None:
     port = args.master_port or _usual_port(way, Path(run.config.run.output_dir))
     if not 0 < port < 1 << 16:
         raise ValueError(f"--master_port {port} is not a port: 1 to 65535")
-    needs = needs_of(run, config, deepspeed, args.overrides, port)
-    seconds = args.bandwidth_seconds if args.bandwidth else None
-    found = asyncio.run(examine(hosts, way, needs, args.master_addr, seconds))
-    sys.stdout.write(render([host.name for host in hosts], found.columns) + "\n")
-    if way == "ssh" and shutil.which("pdsh") is None:
-        sys.stdout.write("note: pdsh is not installed here; `deepspeed --hostfile` starts by it\n")
-    verdict = "sound" if is_sound(found.columns) else "BROKEN: do not start yet"
-    nodes = "1 node" if len(hosts) == 1 else f"{len(hosts)} nodes"
-    sys.stdout.write(f"\n{nodes} in {found.seconds:.1f} s: {verdict}\n")
-    sys.exit(0 if is_sound(found.columns) else 1)
+    is_sound_to_start = look(
+        hosts,
+        way,
+        needs_of(run, config, deepspeed, args.overrides, port),
+        seconds=args.seconds,
+        master_address=args.master_addr,
+        bandwidth_seconds=args.bandwidth_seconds if args.bandwidth else None,
+    )
+    sys.exit(0 if is_sound_to_start else 1)
 
 
-async def examine(
+def look(
     hosts: Sequence[Host],
     way: Way,
     needs: Needs,
+    *,
+    seconds: float,
     master_address: str = "",
     bandwidth_seconds: float | None = None,
-) -> Examination:
-    """Ask all nodes at once; with `bandwidth_seconds` an all-reduce follows, which may take them.
+) -> bool:
+    """Examine the nodes, which have `seconds` to answer, and print the table; whether it is sound.
 
-    `master_address` is by default that of the launch scripts. No node's state is changed but
-    for files in the run's folder, which are removed.
+    `master_address` and `bandwidth_seconds` are those of `examine`. Raises `ValueError` where
+    `seconds` are too few.
     """
-    began = time.monotonic()
-    probe, mark = probe_text(), secrets.token_hex(4)
-    tokens = {host.name: f".doctor_{mark}_{number}" for number, host in enumerate(hosts)}
-    talks = await asyncio.gather(
-        *(
-            _interview(host, way, probe, began, needs.details(number, len(hosts), token))
-            for number, (host, token) in enumerate(zip(hosts, tokens.values(), strict=True))
+    if seconds < SHORTEST_SECONDS:
+        raise ValueError(f"the nodes have {seconds:g} s to answer: {SHORTEST_SECONDS:g} or more")
+    found = asyncio.run(
+        examine(
+            hosts,
+            way,
+            needs,
+            seconds=seconds,
+            master_address=master_address,
+            bandwidth_seconds=bandwidth_seconds,
         )
     )
-    try:
-        reports = await _read_tokens(talks, needs.run_folder, tokens, began)
-        columns = checks.judge(reports, needs)
-        if bandwidth_seconds is not None and len(hosts) > 1:
-            columns["all-reduce"] = [SKIPPED] * len(hosts)
-            if checks.can_form_a_group(columns):
-                # As the launch scripts choose it.
-                own = reports[0].facts["address"].get("value") if way == "ssh" else None
-                master = master_address or own or hosts[0].name
-                found = await _all_reduce(talks, reports, needs, master, bandwidth_seconds)
-                columns["all-reduce"] = checks.judge_all_reduce(found)
-    finally:
-        await asyncio.gather(*(talk.connection.close() for talk in talks if talk.connection))
-    return Examination(columns, time.monotonic() - began)
+    sound = is_sound(found.columns)
+    sys.stdout.write(render([host.name for host in hosts], found.columns) + "\n")
+    if way == "ssh" and shutil.which("pdsh") is None:
+        sys.stdout.write("note: pdsh is not installed here; `deepspeed --hostfile` starts by it\n")
+    verdict = "sound" if sound else "BROKEN: do not start yet"
+    nodes = "1 node" if len(hosts) == 1 else f"{len(hosts)} nodes"
+    sys.stdout.write(f"\n{nodes} in {found.seconds:.1f} s: {verdict}\n")
+    sys.stdout.flush()  # before what a launcher logs next
+    return sound
 
 
-async def _interview(host: Host, way: Way, probe: str, began: float, details: dict) -> _Talk:
-    """All that one node can say by itself."""
-    connection = None
-    try:
-        connection = await connect(host.name, way, probe)
-        ahead = await _clock_ahead(connection, began + FACTS_BY)
-        facts = await connection.ask("inspect", _left(began + FACTS_BY), **details)
-    except NodeLost as lost:
-        return _Talk(Report(host, {}, lost=str(lost)), connection)
-    return _Talk(Report(host, facts, ahead), connection)
+def look_before_launch(hosts: Sequence[Host], way: Way, needs: Needs) -> bool:
+    """`look` as the environment of a launch script has it; with DOCTOR=no all is taken for sound.
 
-
-async def _clock_ahead(connection: Connection, deadline: float) -> float:
-    """By how many seconds the clock over there is ahead, from the quickest of some readings.
-
-    It was read at some time between question and answer, so half a round trip is the error.
+    Raises `ValueError` where DOCTOR_SECONDS is no number of seconds.
     """
-    readings = []
-    for _ in range(CLOCK_READINGS):
-        began = time.time()
-        theirs = await connection.ask("clock", _left(deadline))
-        ended = time.time()
-        readings.append((ended - began, theirs - (began + ended) / 2))
-    return min(readings)[1]
-
-
-async def _read_tokens(
-    talks: Sequence[_Talk], folder: str, tokens: dict[str, str], began: float
-) -> list[Report]:
-    """The reports, to which those who could write add what they see of the others' files."""
-    writers = [talk for talk in talks if "value" in talk.report.facts.get("run folder", {})]
-    names = [talk.report.host.name for talk in writers]
-
-    async def read(talk: _Talk) -> Report:
-        report = talk.report
-        if talk not in writers:
-            return report
-        wanted = names if report.host.name == names[0] else names[:1]
-        own = {tokens[name]: name for name in wanted}
-        try:
-            found = await talk.connection.ask(
-                "read", _left(began + SHARED_BY), folder=folder, tokens=list(own)
-            )
-        except NodeLost as lost:
-            return report._replace(lost=str(lost), facts={})
-        if "value" in found:
-            found = {"value": {own[token]: seen for token, seen in found["value"].items()}}
-        return report._replace(facts={**report.facts, "shared": found})
-
-    return list(await asyncio.gather(*map(read, talks)))
-
-
-async def _all_reduce(
-    talks: Sequence[_Talk], reports: Sequence[Report], needs: Needs, master: str, seconds: float
-) -> list[Report]:
-    """The reports, to which each node adds what its rank of an all-reduce found."""
-    uses_gpus = all(report.facts.get("gpus", {}).get("value") for report in reports)
-
-    async def take_part(rank: int) -> Report:
-        settings = {"rank": rank, "world_size": len(talks), "address": master, "port": needs.port}
-        settings |= {"seconds": seconds, "uses_gpus": uses_gpus}
-        where = {"search": needs.search, "folder": needs.folder}
-        try:
-            found = await talks[rank].connection.ask(
-                "all_reduce", seconds + 4, **where, settings=settings
-            )
-        except NodeLost as lost:
-            found = {"error": str(lost)}
-        return reports[rank]._replace(facts={**reports[rank].facts, "all_reduce": found})
-
-    return list(await asyncio.gather(*map(take_part, range(len(talks)))))
-
-
-def _left(deadline: float) -> float:
-    return max(0.1, deadline - time.monotonic())
+    if os.environ.get("DOCTOR") == "no":
+        return True
+    seconds = float(os.environ.get("DOCTOR_SECONDS") or LAUNCH_SECONDS)
+    address = os.environ.get("MASTER_ADDR", "")
+    return look(hosts, way, needs, seconds=seconds, master_address=address)
 
 
 def _usual_port(way: Way, run_folder: Path) -> int:
     """The port that the launch scripts take by themselves."""
     if way == "srun":
-        return port_of_job(int(os.environ["SLURM_JOB_ID"]))
+        return port_of(job_id())
     return port_of_run(run_folder) if way == "ssh" else LOCAL_PORT
 
 
@@ -237,6 +154,7 @@ def _build_parser() -> argparse.ArgumentParser:
     port = given["MASTER_PORT"] or None
     add("--master_port", type=int, default=port, metavar="P", help="else as the launch scripts")
     add("--master_addr", default=given["MASTER_ADDR"], metavar="A", help="likewise")
+    add("--seconds", type=float, default=SECONDS, metavar="S", help="until a node is lost (10)")
     add("--bandwidth", action="store_true", help="an all-reduce over all nodes; imports torch")
     add("--bandwidth-seconds", type=float, default=60, metavar="S", help="its time limit (60)")
     add("--allow-untested-key", action="append", default=[], metavar="KEY", help="as there")

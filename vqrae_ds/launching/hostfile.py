@@ -26,12 +26,14 @@ import subprocess
 import sys
 import time
 import uuid
-import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from vqrae_ds.command_line import OneLineParser, run_tool
-from vqrae_ds.launching.hosts import Host, port_of, read_hostfile, write_hostfile
+from vqrae_ds.launching.doctor import look_before_launch
+from vqrae_ds.launching.hosts import Host, port_of_run, read_hostfile, write_hostfile
+from vqrae_ds.launching.needs import needs_of
 from vqrae_ds.launching.nodes import Nodes, ssh_options
 from vqrae_ds.launching.orders import (
     LAUNCH,
@@ -41,6 +43,7 @@ from vqrae_ds.launching.orders import (
     write_deepspeed_env,
     write_orders,
 )
+from vqrae_ds.launching.owner import this_process
 from vqrae_ds.launching.processes import end
 from vqrae_ds.launching.run_folder import RunFolder, check_run, trainer_arguments
 from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS, SIGNALS
@@ -70,13 +73,20 @@ def main() -> None:
     run = check_run(arguments, sum(host.slots for host in hosts))
     folder = RunFolder(Path(run.config.run.output_dir))
     folder.turn_signals_into_stop()
-    folder.open()
+    folder.open(this_process())
+    port = int(os.environ.get("MASTER_PORT") or port_of_run(folder.path))
+    needs = needs_of(run, Path(args.config), Path(args.deepspeed_config), args.others, port)
+    is_sound = look_before_launch(hosts, "ssh", needs)
+    if folder.times_asked or not is_sound:
+        folder.close()
+        sys.exit(PREEMPTED_STATUS if folder.times_asked else 1)
     mark = uuid.uuid4().hex
     orders = _write_files(folder, hosts, arguments, mark)
-    with Nodes([host.name for host in hosts], mark, orders, silence) as nodes:
+    names = [host.name for host in hosts]
+    with closing(folder), Nodes(names, mark, orders, silence) as nodes:
         # A mark of its own: where this machine is a node too, its guardian counts the ranks alone.
         own_mark = f"{mark}-launcher"
-        launcher = _launch(folder, hosts, own_mark, ssh_options(silence))
+        launcher = _launch(folder, hosts, port, own_mark, ssh_options(silence))
         status = _watch(launcher, nodes, folder, grace)
         end(own_mark)  # each ssh of pdsh has a session of its own, and would wait for a lost node
     marker = folder.marker()
@@ -89,11 +99,6 @@ def _seconds(name: str) -> float:
     if not re.fullmatch(r"\d+(\.\d*)?", text) or float(text) == 0:
         raise ValueError(f"{name} = {text!r} is no time in seconds: launchers/multinode.sh sets it")
     return float(text)
-
-
-def port_of_run(folder: Path) -> int:
-    """A port for the ranks' rendezvous: runs that share a node seldom share it."""
-    return port_of(zlib.crc32(str(Path(folder).absolute()).encode()))
 
 
 def _exit_status(marker: str | None, status: int) -> int:
@@ -119,7 +124,7 @@ def _write_files(folder: RunFolder, hosts: Sequence[Host], arguments: list[str],
 
 
 def _launch(
-    folder: RunFolder, hosts: Sequence[Host], mark: str, ssh: Sequence[str]
+    folder: RunFolder, hosts: Sequence[Host], port: int, mark: str, ssh: Sequence[str]
 ) -> subprocess.Popen:
     """Start DeepSpeed's launcher; it and all below it are deaf to `SIGNALS`, and have the mark.
 
@@ -132,8 +137,8 @@ def _launch(
     environment["PDSH_SSH_ARGS_APPEND"] = f"{shlex.join(ssh)} {of_the_site}"
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += ["--hostfile", str(folder.launch / "hosts"), "--no_ssh_check", "--force_multi"]
-    command += ["--master_addr", os.environ.get("MASTER_ADDR") or _address(hosts[0], ssh)]
-    command += ["--master_port", os.environ.get("MASTER_PORT") or str(port_of_run(folder.path))]
+    command += ["--master_addr", os.environ.get("MASTER_ADDR") or _address(hosts[0])]
+    command += ["--master_port", str(port)]
     command += ["--module", "vqrae_ds.launching.rank"]
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -148,10 +153,10 @@ def _launch(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _address(host: Host, ssh: Sequence[str]) -> str:
+def _address(host: Host) -> str:
     """The first address of a host, as DeepSpeed takes it."""
     # In a line of its own, the last one: before it the login shell may greet.
-    command = ["ssh", *ssh, host.name, "echo && hostname -I"]
+    command = ["ssh", *ssh_options(), host.name, "echo && hostname -I"]
     answer = subprocess.run(command, capture_output=True, text=True)
     addresses = ["", *answer.stdout.splitlines()][-1].split()
     if answer.returncode or not addresses:

@@ -7,6 +7,7 @@ for a wish to train on this machine alone, and says so in one line among hundred
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,11 @@ class Host(NamedTuple):
 def port_of(number: int) -> int:
     """A port for the ranks' rendezvous: numbers that differ seldom share one."""
     return _FIRST_PORT + number % _NUM_PORTS
+
+
+def port_of_run(folder: Path) -> int:
+    """A port by a run's folder: runs that share a node seldom share it."""
+    return port_of(zlib.crc32(str(Path(folder).absolute()).encode()))
 
 
 def read_hostfile(path: Path) -> list[Host]:

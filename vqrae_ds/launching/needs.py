@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from vqrae_ds.config import Run
 from vqrae_ds.config.files import read_recipe
-from vqrae_ds.launching.checkpoint_size import checkpoint_bytes
+from vqrae_ds.launching.checkpoint_size import checkpoint_bytes, pretrained_bytes
 from vqrae_ds.launching.orders import forwarded
 
 PACKAGE = "vqrae_ds"
@@ -30,8 +30,10 @@ class Needs(NamedTuple):
     run_folder: str
     data: dict[str, str]  # setting: folder with an index
     weights: list[dict[str, Any]]  # setting, path or name in the cache, kind, is_first
-    checkpoint_bytes: int
-    keep_last: int
+    checkpoint_bytes: int  # of one
+    most_checkpoints: int  # that there must be room for
+    pretrained_bytes: int  # written once a run
+    local_dir: str | None  # that each node has for itself, with room for its share of a checkpoint
     port: int
     uses_gpus: bool
 
@@ -46,6 +48,7 @@ class Needs(NamedTuple):
             "config": self.config,
             "run_folder": self.run_folder,
             "token": token,
+            "local_dir": self.local_dir,
             "data": self.data,
             "share": {"rank": number, "nodes": nodes},
             "weights": self.weights,
@@ -66,6 +69,7 @@ def needs_of(run: Run, config: Path, deepspeed: Path, overrides: Sequence[str], 
         files.append(Path(encoder, "config.json"))
     search = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     data = {"data.train": run.config.data.train, "data.validation": run.config.data.validation}
+    checkpoint = run.config.checkpoint
     return Needs(
         folder=os.getcwd(),
         search=list(dict.fromkeys(map(_absolute, search))),
@@ -76,7 +80,9 @@ def needs_of(run: Run, config: Path, deepspeed: Path, overrides: Sequence[str], 
         data={setting: _absolute(path) for setting, path in data.items() if path is not None},
         weights=_weights(run),
         checkpoint_bytes=checkpoint_bytes(run),
-        keep_last=run.config.checkpoint.keep_last,
+        most_checkpoints=checkpoint.most_at_once(run.schedule.total_steps),
+        pretrained_bytes=pretrained_bytes(run),
+        local_dir=None if checkpoint.local_dir is None else _absolute(checkpoint.local_dir),
         port=port,
         uses_gpus=os.environ.get("DS_ACCELERATOR") != "cpu",
     )

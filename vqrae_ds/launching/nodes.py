@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _ALIVE_SECONDS = 15  # between two of ssh's own questions whether the other side is there
 
 
-def ssh_options(silence: float) -> list[str]:
+def ssh_options(silence: float = 30.0) -> list[str]:
     """Options of ssh for a connection that must not give up before `silence` seconds are over."""
     count = math.ceil(silence / _ALIVE_SECONDS) + 1
     alive = (f"ServerAliveInterval={_ALIVE_SECONDS}", f"ServerAliveCountMax={count}")

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,8 +31,7 @@ LARGEST_INDEX = 200_000_000  # bytes: reading more takes longer than anybody wai
 MANY_SHARDS = 2000  # more than these are shared out among the nodes
 STAT_SECONDS = 2.0
 
-_written: list[str] = []
-_made: list[str] = []
+_written, _made = [], []  # files and folders
 
 
 def serve() -> None:
@@ -89,8 +89,10 @@ def inspect(seconds: float, **details) -> dict:
         "config": lambda: {path: digest([path]) for path in details["config"]},
         "run folder": lambda: write_token(details["run_folder"], details["token"]),
         "disk": lambda: disk(details["run_folder"]),
-        "weights": lambda: missing_weights(details["run_folder"], details["weights"]),
+        "weights": lambda: faulty_weights(details["run_folder"], details["weights"]),
     }
+    if local := details.get("local_dir"):
+        checks["local"] = lambda: write_token(local, details["token"]) and free_bytes(local)
     if details.get("devices"):
         checks["gpus"] = devices
     if details.get("port"):
@@ -104,12 +106,10 @@ def inspect(seconds: float, **details) -> dict:
 
 def installed(packages: list) -> dict:
     """The version of each package, None where it is not installed."""
-    versions = {}
+    versions = dict.fromkeys(packages)
     for name in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return versions
 
 
@@ -186,13 +186,11 @@ def read_tokens(seconds: float, folder: str, tokens: list) -> dict:
 
     def look(token):
         path = os.path.join(folder, token)
-        if not os.path.exists(path):
-            return False
-        with open(path) as file:
+        with contextlib.suppress(FileNotFoundError), open(path) as file:
             return file.read() == token
+        return False
 
-    checks = {"shared": lambda: {token: look(token) for token in tokens}}
-    return within(seconds, checks)["shared"]
+    return within(seconds, {"shared": lambda: {token: look(token) for token in tokens}})["shared"]
 
 
 def disk(folder: str) -> dict:
@@ -202,50 +200,48 @@ def disk(folder: str) -> dict:
     if manifests:
         with open(manifests[-1]) as file:
             size = sum(record["size"] for record in json.load(file)["files"].values())
+    frozen = glob.glob(os.path.join(glob.escape(folder), "frozen", "*.safetensors"))
+    found = {"free": free_bytes(folder), "checkpoints": len(manifests), "size": size}
+    return {**found, "has_frozen": bool(frozen)}
+
+
+def free_bytes(folder: str) -> int:
+    """What this user may write where the folder is or will be."""
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
-    found = os.statvfs(folder)
-    free = found.f_bavail * found.f_frsize
-    return {"free": free, "checkpoints": len(manifests), "size": size}
+    return shutil.disk_usage(folder).free
 
 
 def shards(folder: str, rank: int, nodes: int) -> dict:
-    """The shards of a data set that are not there, or not as long as its index says."""
+    """The shards of a data set, and [name, what is wrong with it] of some."""
     path = os.path.join(folder, "index.json")
     if os.stat(path).st_size > LARGEST_INDEX:
         return {"shards": None}
     with open(path) as file:
         listed = [(shard["file"], shard["size"]) for shard in json.load(file)["shards"]]
     mine = listed if len(listed) <= MANY_SHARDS else listed[rank::nodes]
-    missing, resized, checked = [], [], 0
-    deadline = time.monotonic() + STAT_SECONDS
+    faults, checked, deadline = [], 0, time.monotonic() + STAT_SECONDS
     while checked < len(mine) and time.monotonic() < deadline:
         name, size = mine[checked]
-        found = _size(os.path.join(folder, name))
-        if found is None:
-            missing.append(name)
-        elif found != size:
-            resized.append([name, found, size])
+        if fault := _fault_of(os.path.join(folder, name), size):
+            faults.append([name, fault])
         checked += 1
-    counts = {"shards": len(listed), "mine": len(mine), "checked": checked}
-    return {**counts, "missing": missing, "resized": resized}
+    return {"shards": len(listed), "mine": len(mine), "checked": checked, "faults": faults}
 
 
-def missing_weights(run_folder: str, weights: list) -> list:
-    """[setting, path] of what is not there. First weights are not asked of a run that resumes."""
+def faulty_weights(run_folder: str, weights: list) -> list:
+    """[setting, file, what is wrong with it]. First weights are not asked of a run that resumes."""
     resumes = bool(glob.glob(_manifests(run_folder)))
-    missing = []
-    for entry in weights:
-        if entry["is_first"] and resumes:
-            continue
+    found = []
+    for entry in (e for e in weights if not (e["is_first"] and resumes)):
         path = entry["path"]
         if path is None:  # as torch.hub.get_dir() of torch/hub.py
             cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
             home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
             path = os.path.join(os.path.expanduser(home), "hub", "checkpoints", entry["cached"])
-        if not _is_there(path, entry["kind"]):
-            missing.append([entry["setting"], path])
-    return missing
+        faults = [(file, _fault_of(file)) for file in _files_of(path, entry["kind"])]
+        found += [[entry["setting"], *fault] for fault in faults if fault[1]][:1]
+    return found
 
 
 def all_reduce(seconds: float, search: list, folder: str, settings: dict) -> dict:
@@ -272,27 +268,30 @@ def _run(command: list, **options) -> subprocess.CompletedProcess:
     )
 
 
-def _size(path: str) -> int | None:
+def _fault_of(path: str, size: int | None = None) -> str | None:
+    """What is wrong with a file, which is to have `size` bytes, or with a folder."""
     try:
-        return os.stat(path).st_size
+        found = os.stat(path).st_size
     except FileNotFoundError:  # not one that cannot be reached
-        return None
+        return "is missing"
+    if not os.access(path, os.R_OK):
+        return "cannot be read by this user"
+    return f"has {found} bytes, the index says {size}" if size not in (None, found) else None
 
 
 def _manifests(run_folder: str) -> str:
     return os.path.join(glob.escape(run_folder), "checkpoints", "step_*", "manifest.json")
 
 
-def _is_there(path: str, kind: str) -> bool:
-    """Whether a file, a folder, or a folder with safetensors and all its shards, is there."""
+def _files_of(path: str, kind: str) -> list:
+    """What must be there and readable: a file, a folder, or safetensors with all its shards."""
     if kind != "weights":
-        return os.path.isdir(path) if kind == "folder" else os.path.isfile(path)
-    index = os.path.join(path, "model.safetensors.index.json")
-    if not os.path.isfile(index):
-        return os.path.isfile(os.path.join(path, "model.safetensors"))
-    with open(index) as file:
-        names = set(json.load(file)["weight_map"].values())
-    return all(os.path.isfile(os.path.join(path, name)) for name in names)
+        return [path]
+    names, index = ["model.safetensors"], os.path.join(path, "model.safetensors.index.json")
+    if os.path.isfile(index):
+        with open(index) as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+    return [os.path.join(path, name) for name in names]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from vqrae_ds.config import Run, parse_command_line
+from vqrae_ds.launching.owner import Owner, release, take
 from vqrae_ds.stopping import DONE, PREEMPTED, SIGNALS, STOP
 
 logger = logging.getLogger(__name__)
@@ -34,17 +35,26 @@ class RunFolder:
         self.path = Path(path).absolute()
         self.launch = self.path / "launch"  # what a launcher writes for its own use
         self.times_asked = 0
+        self._owner: Owner | None = None
 
-    def open(self) -> None:
-        """Create it, and remove what an earlier start has left behind.
+    def open(self, owner: Owner) -> None:
+        """Create it for `owner`, and remove what an earlier start has left behind.
 
-        An old PREEMPTED would have a job that fails at its start requeued for ever.
+        An old PREEMPTED would have a job that fails at its start requeued for ever. Raises
+        `ValueError` with one line where another launch of the run lives.
         """
         self.launch.mkdir(parents=True, exist_ok=True)
+        take(self.launch / "owner.json", owner)
+        self._owner = owner
         for name in (STOP, DONE, PREEMPTED):
             (self.path / name).unlink(missing_ok=True)
         if self.times_asked:
             self.ask_to_stop()
+
+    def close(self) -> None:
+        """Leave the run to the next launch."""
+        if self._owner is not None:
+            release(self.launch / "owner.json", self._owner)
 
     def ask_to_stop(self) -> None:
         """Have the ranks end after a checkpoint, by the file that the first of them looks for."""
@@ -59,8 +69,13 @@ class RunFolder:
         """DONE or PREEMPTED, as the ranks have left it; `None` if they have not."""
         return next((name for name in (DONE, PREEMPTED) if (self.path / name).exists()), None)
 
+    def checkpoints(self) -> set[tuple[str, int]]:
+        """Name of each complete checkpoint, and when it was written: who made one sees another."""
+        found = self.path.glob("checkpoints/step_*/manifest.json")
+        return {(path.parent.name, path.stat().st_mtime_ns) for path in found}
+
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.times_asked += 1
         logger.warning("%s: asking the ranks to stop", signal.Signals(number).name)
-        if self.launch.is_dir():
+        if self._owner is not None:  # else it is another launch's
             self.ask_to_stop()
