@@ -30,11 +30,11 @@ ADAMW = {
 }
 
 
-def command(folder: Path, stage: int, *overrides: str) -> list[str]:
+def command(folder: Path, stage: int, *overrides: str, ranks: int = 2) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     return [
         *launcher,
         *("--master_addr", "127.0.0.1", "--master_port", str(port), "--module", "vqrae_ds.train"),
@@ -49,10 +49,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": search, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
-def finish(folder: Path, stage: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+def finish(
+    folder: Path, stage: int, *overrides: str, ranks: int = 2
+) -> subprocess.CompletedProcess[str]:
     """A run that ends by itself, however it ends."""
     return subprocess.run(
-        command(folder, stage, *overrides),
+        command(folder, stage, *overrides, ranks=ranks),
         env=environment(),
         cwd=ROOT,
         capture_output=True,
@@ -61,9 +63,9 @@ def finish(folder: Path, stage: int, *overrides: str) -> subprocess.CompletedPro
     )
 
 
-def train(folder: Path, stage: int, *overrides: str) -> str:
+def train(folder: Path, stage: int, *overrides: str, ranks: int = 2) -> str:
     """What a run says that must succeed."""
-    done = finish(folder, stage, *overrides)
+    done = finish(folder, stage, *overrides, ranks=ranks)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 

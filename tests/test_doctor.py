@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.config_files import write_files
 from tests.conftest import ROOT, run_python
@@ -20,7 +21,7 @@ from vqrae_ds.launching.checks import Report, judge
 from vqrae_ds.launching.connections import command_for, explain_failure
 from vqrae_ds.launching.doctor import look, look_before_launch
 from vqrae_ds.launching.hosts import Host
-from vqrae_ds.launching.needs import Needs, needs_of
+from vqrae_ds.launching.needs import REQUIREMENTS, Needs, needs_of
 from vqrae_ds.launching.table import broken, is_sound, note, ok, render
 
 PHOTOGRAPHS = ROOT / "tests/data/photos"
@@ -71,6 +72,13 @@ def test_faults_are_named_below_the_table(run_files: Path) -> None:
     assert (
         f"losses.perceptual.weights: {run_files}/lpips.safetensors is missing" in found["weights"]
     )
+
+
+def test_the_packages_are_those_that_the_project_requires(run_files: Path) -> None:
+    asked = needs_for(run_files, "config.yaml").details(0, 1, "token")["packages"]
+    assert {"torch", "deepspeed", "safetensors", "PyYAML", "vector-quantize-pytorch"} < set(asked)
+    lines = REQUIREMENTS.read_text().splitlines()[1:]
+    assert asked == [*(Requirement(line.split("#")[0]).name for line in lines), "vqrae_ds"]
 
 
 @pytest.mark.parametrize(

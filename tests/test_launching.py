@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-import uuid
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,10 +15,8 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from tests.config_files import write_files
 from tests.conftest import ROOT, run_python
-from vqrae_ds.launching import guardian
 from vqrae_ds.launching.hosts import Host, read_hostfile, write_hostfile
 from vqrae_ds.launching.orders import (
-    LAUNCH,
     Orders,
     forwarded,
     read_orders,
@@ -74,9 +70,15 @@ def test_hostfile_that_means_nothing_is_refused(tmp_path, text, complaint):
     assert complaint in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_hostfile_launch_refuses_in_one_line_before_anything_is_started(tmp_path):
+def test_hostfile_launch_refuses_in_one_line_before_anything_is_started(tmp_path, monkeypatch):
     yaml, json = write_files(tmp_path)
     module = ("-m", "vqrae_ds.launching.hostfile")
+    monkeypatch.setenv("VQRAE_SILENCE_SECONDS", "60")
+    monkeypatch.setenv("VQRAE_GRACE_SECONDS", "one minute")
+    done = run_python(*module, str(tmp_path / "hosts"), str(yaml), str(json))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "VQRAE_GRACE_SECONDS = 'one minute'" in done.stderr
+    monkeypatch.setenv("VQRAE_GRACE_SECONDS", "0.5")
     done = run_python(*module, str(tmp_path / "hosts"), str(yaml), str(json))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "hosts is not a file" in done.stderr
@@ -114,56 +116,22 @@ def test_orders_are_for_this_user_alone_and_hold_no_secret(tmp_path):
     assert (tmp_path / "orders").stat().st_mode & 0o777 == 0o600
 
 
-def sleeper(**environment: str) -> subprocess.Popen:
-    """A process with a child of its own, both with this environment."""
-    code = "import subprocess, sys; subprocess.Popen(['sleep', '1003']); sys.stdin.read()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, env={**os.environ, **environment}
-    )
-
-
-@pytest.mark.parametrize("reason", ["asked", "connection closed", "silence"])
-def test_guardian_ends_what_has_the_mark_and_nothing_else(tmp_path, reason):
-    mark = uuid.uuid4().hex
-    ours, other = sleeper(**{LAUNCH: mark}), sleeper(**{LAUNCH: mark[:-1]})
-    silence = "1" if reason == "silence" else "100"
-    command = [sys.executable, "-m", "vqrae_ds.launching.guardian", mark, str(tmp_path), silence]
-    watcher = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    try:
-        while len(guardian.processes_of(mark)) < 2:
-            time.sleep(0.05)
-        assert watcher.poll() is None
-        if reason == "asked":
-            watcher.stdin.write("on\nend\n")
-            watcher.stdin.flush()
-        elif reason == "connection closed":
-            watcher.stdin.close()
-        assert watcher.wait(30) == 0
-        assert watcher.stdout.read().splitlines()[-1] == "0"
-        assert ours.wait(5) == -signal.SIGKILL and not guardian.processes_of(mark)
-        assert other.poll() is None and len(guardian.processes_of(mark[:-1])) == 2
-    finally:
-        watcher.kill()
-        for name in (mark, mark[:-1]):
-            guardian.end(name)
-        for process in (ours, other, watcher):
-            process.wait()
-
-
-def test_a_signal_that_was_blocked_by_the_launcher_is_noted_in_the_end(tmp_path):
+def test_a_signal_that_was_held_by_the_launcher_is_noted_in_the_end(tmp_path):
     code = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from vqrae_ds.stopping import SIGNALS, StopRequest
+from vqrae_ds.stopping import SIGNALS, StopRequest, hold_signals
 if sys.argv[1] == "launcher":
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    hold_signals()
     os.execv(sys.executable, [sys.executable, "-c", sys.argv[2], "rank", ""])
 for number in SIGNALS:
     os.kill(os.getpid(), number)
 request = StopRequest(Path("."))
 assert not request.is_made(look_for_file=False)
+compiler = subprocess.Popen(["sleep", "0.5"])
+for number in SIGNALS:
+    compiler.send_signal(number)
+assert compiler.wait() == 0, "what is started meanwhile is not ended"
 request.catch_signals()
 assert request.is_made(look_for_file=False)
 request.signal = None

@@ -6,15 +6,13 @@ import contextlib
 import json
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import yaml
 
 from vqrae_ds import __version__
 from vqrae_ds.config import Run
-
-PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pillow", "webdataset")
 
 
 def record(run: Run) -> None:
@@ -23,11 +21,12 @@ def record(run: Run) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(), sort_keys=False))
     (folder / "deepspeed.json").write_text(json.dumps(run.deepspeed, indent=2) + "\n")
     environment = {
+        "version": __version__,
         "revision": _revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "ranks": run.schedule.batch.world_size,
-        "packages": {"vqrae_ds": __version__} | {name: version(name) for name in PACKAGES},
+        "packages": {package.name: package.version for package in distributions()},
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 

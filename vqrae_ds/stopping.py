@@ -36,6 +36,16 @@ STOP, DONE, PREEMPTED = "STOP", "DONE", "PREEMPTED"  # files in the run's folder
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+def hold_signals() -> None:
+    """From here on `SIGNALS` wait until `StopRequest.catch_signals`.
+
+    They pass over the processes that are started meanwhile, too: what SLURM sends to all processes
+    of a job would else end a compiler of DeepSpeed's ops, and with it the rank. Only the main
+    thread may call it, before there are others.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 class StopRequest:
     """Whether this process was asked to stop: by a signal, or by the file `STOP`.
 
@@ -50,8 +60,8 @@ class StopRequest:
     def catch_signals(self) -> None:
         """From here on `SIGNALS` are noted, and end the process no more; a second one is as well.
 
-        One that was sent before arrives now, where the launcher has blocked them until then
-        (`launching.node`). Only the main thread may call it.
+        One that was sent before arrives now, where they were held (`hold_signals`), be it by the
+        launcher (`launching.node`). Only the main thread may call it.
         """
         for number in SIGNALS:
             signal.signal(number, self._note)

@@ -23,7 +23,7 @@ from vqrae_ds.config import Run, describe, parse_command_line
 from vqrae_ds.data.failure import DataFailed, naming_rank
 from vqrae_ds.preparation import Setup, prepare, set_learning_rates, stop_request_of, watchdog_of
 from vqrae_ds.run_folder import record
-from vqrae_ds.stopping import PREEMPTED_STATUS
+from vqrae_ds.stopping import PREEMPTED_STATUS, hold_signals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     configure_logging(rank)
     stop_request = stop_request_of(run)
-    stop_request.catch_signals()
+    hold_signals()
     with watchdog_of(run, rank):
         try:
             setup = prepare(run, stop_request)
@@ -75,6 +75,7 @@ def main() -> None:
             exit_with(error)
         except OSError as error:
             exit_with(error, status=1)
+        stop_request.catch_signals()
         try:
             train(run, setup)
         except TrainingStopped as stop:

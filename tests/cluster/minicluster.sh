@@ -23,6 +23,7 @@ MC_NET=${MC_NET:-10.77.0}        # first three parts of the addresses
 MC_KILL_WAIT=${MC_KILL_WAIT:-20} # seconds from TERM to KILL
 MC_GRACE=${MC_GRACE:-20}         # seconds that a preempted job is left
 MC_TIMEOUT=${MC_TIMEOUT:-30}     # seconds until a silent node counts as down
+MC_GREETING=${MC_GREETING:-}     # what every shell over ssh says first
 MC_HOME=$(getent passwd "$(id -u)" | cut -d: -f6)   # where sshd looks, whatever HOME says
 export MC_DIR MC_CPUS MC_NET PATH="$PATH:/usr/sbin:/sbin"
 
@@ -150,6 +151,11 @@ furnish() {  # furnish NAME: what ctl and the nodes have in common; inside their
     mount -t tmpfs -o mode=700 none "$MC_HOME/.ssh"
     cp "$MC_DIR/ssh/config" "$MC_HOME/.ssh/config"
     chmod 600 "$MC_HOME/.ssh/config"
+    if [[ -n $MC_GREETING ]]; then
+        [[ -e $MC_HOME/.bashrc ]] || : >"$MC_HOME/.bashrc"   # to mount on
+        printf 'printf %%s %q\n' "$MC_GREETING" >/run/bashrc
+        mount --bind /run/bashrc "$MC_HOME/.bashrc"
+    fi
     ip link set lo up
     munged --force --key-file="$MC_DIR/munge.key" --pid-file=/run/munge/munged.pid \
         --seed-file=/run/munge/seed --log-file="$MC_DIR/log/munged-$1.log"

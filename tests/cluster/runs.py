@@ -20,11 +20,12 @@ from tests.launching import environment, make_inputs, write_configs
 from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.manifest import find_step_folder
 
-STEPS, SAVE_EVERY = 120, 40  # some seconds on a machine that does nothing else
+STEPS, SAVE_EVERY = 80, 20  # some seconds on a machine that does nothing else
 START_SECONDS = 240  # from the launch to the first steps, on a machine that is busy
 # Every character that a shell, ssh, pdsh or SLURM might make something else of.
 ODD = "a  b 'c' \"d\" $(echo e) `f` \\g %h %% & ; #"
 
+THREE_RANKS = ["deepspeed.train_batch_size=6"]
 SETTINGS = [
     f"run.total_steps={STEPS}",
     f"checkpoint.every_steps={SAVE_EVERY}",
@@ -36,10 +37,11 @@ SETTINGS = [
 
 
 def make_files(folder: Path) -> None:
-    """The inputs and configurations of both stages, and a hostfile of two nodes."""
+    """The inputs and configurations of both stages, and hostfiles of two nodes."""
     make_inputs(folder)
     write_configs(folder, folder / "no_lpips")
     (folder / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    (folder / "uneven_hosts").write_text("n1 slots=2\nn2 slots=1\n")
 
 
 def files_of(folder: Path, stage: int) -> list[str]:
@@ -80,9 +82,9 @@ def wait_for_step(run: Path, step: int, is_alive: Callable[[], bool]) -> None:
             looked = time.monotonic()
 
 
-def rank_of(cluster: MiniCluster, node: str) -> int:
-    """The pid of the one rank on a node, as soon as there is one."""
-    pattern = "vqrae_ds.train --local_rank"
+def rank_of(cluster: MiniCluster, node: str, local_rank: int = 0) -> int:
+    """The pid of a rank on a node, as soon as it is there."""
+    pattern = f"vqrae_ds.train --local_rank={local_rank}"
     found = wait_until(
         f"a rank on {node}", START_SECONDS, lambda: cluster.processes(node, pattern), pause=0.05
     )

@@ -19,7 +19,7 @@ from vqrae_ds.stopping import DONE, PREEMPTED, STOP
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-CLUSTER = {"MC_TIMEOUT": "10", "MC_GRACE": "60", "MC_KILL_WAIT": "40"}
+CLUSTER = {"MC_TIMEOUT": "10", "MC_GRACE": "60", "MC_KILL_WAIT": "25"}
 PREEMPTING = ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
 # A rank dies, and its launcher notices within 1 s; srun ends the others after KillWait at the most.
 END_SECONDS = 90
@@ -107,8 +107,8 @@ def test_a_job_comes_back_from_every_interruption(cluster, folder, straight):
         ["scontrol", "requeue", job],
     ]
     for number, command in enumerate(interruptions):
-        runs.wait_for_step(run, 4 + 10 * number, lambda: is_there(cluster, job))
         rank, restarts = runs.rank_of(cluster, "n2"), cluster.job(job)["Restarts"]
+        runs.wait_for_step(run, 4 + 10 * number, lambda: is_there(cluster, job))
         runs.send(cluster, "n2", "STOP", rank)
         cluster.ask(CONTROLLER, *command)
         wait_until(f"{command} to be heard of", 120, partial(has_heard, cluster, run, rank))
@@ -133,8 +133,10 @@ def test_a_job_that_is_asked_to_stop_before_it_has_begun_does_not_come_back(clus
     assert "not requeued: no step was saved in this start" in (folder / "asked.log").read_text()
 
 
-def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, folder):
-    run = folder / "cancelled"
+def test_a_job_that_is_cancelled_or_whose_rank_is_killed_goes_on_when_it_is_submitted_again(
+    cluster, folder, straight
+):
+    run = folder / "again"
     job = runs.submit(cluster, folder, run)
     runs.wait_for_step(run, 5, lambda: is_there(cluster, job))
     cluster.ask(CONTROLLER, "scancel", job)
@@ -142,34 +144,39 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(cluster, folder):
     wait_until("nodes that are free", 60, lambda: is_free(cluster))
     ended = cluster.job(job)
     assert ended["JobState"] == "CANCELLED" and ended["Restarts"] == "0"
-    assert (run / PREEMPTED).exists()
+    assert (run / PREEMPTED).exists(), "it has saved"
 
-
-def test_a_job_whose_rank_is_killed_fails_and_goes_on_when_it_is_submitted_again(
-    cluster, folder, straight
-):
-    run = folder / "killed"
     job = runs.submit(cluster, folder, run)
+    rank = runs.rank_of(cluster, "n2")
     runs.wait_for_step(run, 25, lambda: is_there(cluster, job))
-    runs.send(cluster, "n2", "KILL", runs.rank_of(cluster, "n2"))
+    runs.send(cluster, "n2", "KILL", rank)
     ended = cluster.wait_for_job(job, seconds=END_SECONDS)
     assert ended["JobState"] == "FAILED" and ended["Restarts"] == "0"
     assert not (run / DONE).exists() and not (run / PREEMPTED).exists()
     wait_until("every process to end", 10, lambda: not runs.left_on(cluster))
+
     job = runs.submit(cluster, folder, run)
     finish(cluster, job, folder, run, straight)
 
 
-@pytest.mark.parametrize("loss", ["node_down", "cut_off"])
-def test_a_job_that_loses_a_node_comes_back_when_there_is_one(cluster, folder, straight, loss):
-    run = folder / loss
+def test_a_job_that_loses_a_node_comes_back_when_there_is_one(cluster, folder, straight):
+    """On the first node are the batch script, srun, rank 0 and what all others have met at."""
+    run = folder / "lost"
     job = runs.submit(cluster, folder, run)
-    runs.wait_for_step(run, 25, lambda: is_there(cluster, job))
-    getattr(cluster, loss)("n2")
-    try:
-        wait_until(
-            "a requeue", NODE_LOSS_SECONDS, lambda: cluster.job(job)["Restarts"] == "1", pause=1
-        )
-    finally:
-        {"node_down": cluster.node_up, "cut_off": cluster.reconnect}[loss]("n2")
+    losses = [
+        ("n1", cluster.node_down, cluster.node_up),
+        ("n2", cluster.cut_off, cluster.reconnect),
+    ]
+    for number, (node, lose, bring_back) in enumerate(losses):
+        runs.wait_for_step(run, 25 + 20 * number, lambda: is_there(cluster, job))
+        lose(node)
+        try:
+            wait_until(
+                f"a requeue without {node}",
+                NODE_LOSS_SECONDS,
+                lambda n=number: cluster.job(job)["Restarts"] == str(n + 1),
+                pause=1,
+            )
+        finally:
+            bring_back(node)
     finish(cluster, job, folder, run, straight)

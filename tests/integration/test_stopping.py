@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -83,6 +85,12 @@ def folder(tmp_path_factory, lpips_weights) -> Path:
     return folder
 
 
+def holds_signals(process: psutil.Process) -> bool:
+    """Whether SIGTERM waits outside for as long as the process, and those below it, want it to."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(status.partition("SigBlk:")[2].split()[0], base=16) >> (signal.SIGTERM - 1) & 1)
+
+
 def ask_by_signals(launcher: subprocess.Popen, _: Path) -> None:
     """As SLURM does it: every process of the rank's, its loader's worker too, and twice."""
     victim = ranks_of(launcher)[-1]
@@ -101,7 +109,13 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(folder, ask):
     run_folder = folder / ask.__name__
     log_path = folder / f"{ask.__name__}.log"
     with started(folder, 1, f"run.output_dir={run_folder}", log=log_path) as launcher:
+        # DeepSpeed's ops are compiled before the first step: no signal is to end a compiler.
+        while not any(map(holds_signals, ranks_of(launcher))):
+            assert launcher.poll() is None, log_path.read_text()
+            assert not (run_folder / "metrics.jsonl").exists(), "a rank got ready unprotected"
+            time.sleep(0.1)
         wait_for_step(run_folder, 10, launcher, log_path)
+        assert not any(map(holds_signals, ranks_of(launcher)))
         ask(launcher, run_folder)
         status = launcher.wait(timeout=90)
     log = log_path.read_text()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,6 +166,8 @@ def test_live_engines_and_converted_folders_agree(chain):
 def test_run_folder_explains_itself(chain):
     for name in ("config.yaml", "deepspeed.json", "environment.json"):
         assert (chain.stage1 / name).is_file()
+    environment = json.loads((chain.stage1 / "environment.json").read_text())
+    assert environment["packages"]["torch"] == version("torch")
     assert list((chain.stage1 / "tensorboard").iterdir())
     assert list((chain.stage1 / "samples").glob("step_*.png"))
     again = read_run(chain.stage1 / "config.yaml", chain.folder / "deepspeed.json", world_size=2)

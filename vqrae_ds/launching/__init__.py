@@ -5,6 +5,7 @@
     hostfile    DeepSpeed's launcher over pdsh, watched
     rank        a rank that was started over ssh, and gets arguments and environment from a file
     guardian    on each node of a hostfile: ends what is left there when the job is over or silent
+    processes   those of a launch on a node, found and ended; ranks whose sibling has failed
     hosts, orders, run_folder, owner    files that these need
     slurm_job   what a batch job asks of SLURM
     doctor      looks at all nodes before a run, and is called by both launchers: the examination

@@ -8,8 +8,8 @@ another have failed. So it runs where no signal reaches it, and a guardian on ea
 (`guardian`) ends what must be ended.
 
 Ctrl-C or TERM: the ranks save and leave. Again: they are killed. The job ends by itself where a
-node has not answered for `SILENCE` seconds, or goes on for `GRACE` seconds after its end on
-another node.
+node has not answered for VQRAE_SILENCE_SECONDS, or goes on for VQRAE_GRACE_SECONDS after its end on
+another node. launchers/multinode.sh sets both.
 
 Exit status: 0 with the marker DONE, 85 with PREEMPTED, 2 a user's mistake, else 1 or that of pdsh.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -31,10 +32,9 @@ from pathlib import Path
 
 from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.launching.doctor import look_before_launch
-from vqrae_ds.launching.guardian import end
 from vqrae_ds.launching.hosts import Host, port_of_run, read_hostfile, write_hostfile
 from vqrae_ds.launching.needs import needs_of
-from vqrae_ds.launching.nodes import SSH, Nodes
+from vqrae_ds.launching.nodes import Nodes, ssh_options
 from vqrae_ds.launching.orders import (
     LAUNCH,
     ORDERS,
@@ -45,13 +45,12 @@ from vqrae_ds.launching.orders import (
     write_orders,
 )
 from vqrae_ds.launching.owner import this_process
+from vqrae_ds.launching.processes import end
 from vqrae_ds.launching.run_folder import RunFolder, check_run, trainer_arguments
 from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS, SIGNALS
 
 logger = logging.getLogger(__name__)
 
-SILENCE = 60.0  # seconds; VQRAE_SILENCE_SECONDS
-GRACE = 60.0  # seconds; VQRAE_GRACE_SECONDS
 ROOT = Path(__file__).parents[2]
 # DeepSpeed forwards these by itself, quoted in part: `$(...)` in one would be run on the nodes. It
 # forwards PYTHON too, and logs all of it: so it gets nothing that sounds like a secret.
@@ -69,6 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     arguments = trainer_arguments(args.config, args.deepspeed_config, args.others)
 
+    silence, grace = _seconds("VQRAE_SILENCE_SECONDS"), _seconds("VQRAE_GRACE_SECONDS")
     hosts = read_hostfile(args.hostfile)
     if shlex.quote(sys.executable) != sys.executable:
         raise ValueError(f"{sys.executable}: a remote shell would split this path of Python")
@@ -84,16 +84,23 @@ def main() -> None:
         sys.exit(PREEMPTED_STATUS if folder.times_asked else 1)
     mark = uuid.uuid4().hex
     orders = _write_files(folder, hosts, arguments, mark)
-    silence = float(os.environ.get("VQRAE_SILENCE_SECONDS", SILENCE))
     names = [host.name for host in hosts]
     with closing(folder), Nodes(names, mark, orders, silence) as nodes:
         # A mark of its own: where this machine is a node too, its guardian counts the ranks alone.
         own_mark = f"{mark}-launcher"
-        status = _watch(_launch(folder, hosts, port, own_mark), nodes, folder)
+        launcher = _launch(folder, hosts, port, own_mark, ssh_options(silence))
+        status = _watch(launcher, nodes, folder, grace)
         end(own_mark)  # each ssh of pdsh has a session of its own, and would wait for a lost node
     marker = folder.marker()
     logger.info("the launcher ended with status %d; marker: %s", status, marker or "none")
     sys.exit(_exit_status(marker, status))
+
+
+def _seconds(name: str) -> float:
+    text = os.environ.get(name, "")
+    if not re.fullmatch(r"\d+(\.\d*)?", text) or float(text) == 0:
+        raise ValueError(f"{name} = {text!r} is no time in seconds: launchers/multinode.sh sets it")
+    return float(text)
 
 
 def _exit_status(marker: str | None, status: int) -> int:
@@ -118,9 +125,13 @@ def _write_files(folder: RunFolder, hosts: Sequence[Host], arguments: list[str],
     return path
 
 
-def _launch(folder: RunFolder, hosts: Sequence[Host], port: int, mark: str) -> subprocess.Popen:
-    """Start DeepSpeed's launcher; it and all below it are deaf to `SIGNALS`, and have the mark."""
-    ssh = shlex.join(SSH)
+def _launch(
+    folder: RunFolder, hosts: Sequence[Host], port: int, mark: str, ssh: Sequence[str]
+) -> subprocess.Popen:
+    """Start DeepSpeed's launcher; it and all below it are deaf to `SIGNALS`, and have the mark.
+
+    `ssh`: options of it.
+    """
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -128,7 +139,8 @@ def _launch(folder: RunFolder, hosts: Sequence[Host], port: int, mark: str) -> s
     }
     environment[LAUNCH] = mark
     environment["DS_ENV_FILE"] = str(folder.launch / "deepspeed.env")
-    environment["PDSH_SSH_ARGS_APPEND"] = f"{ssh} {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
+    of_the_site = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+    environment["PDSH_SSH_ARGS_APPEND"] = f"{shlex.join(ssh)} {of_the_site}"
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += ["--hostfile", str(folder.launch / "hosts"), "--no_ssh_check", "--force_multi"]
     command += ["--master_addr", os.environ.get("MASTER_ADDR") or _address(hosts[0])]
@@ -149,16 +161,17 @@ def _launch(folder: RunFolder, hosts: Sequence[Host], port: int, mark: str) -> s
 
 def _address(host: Host) -> str:
     """The first address of a host, as DeepSpeed takes it."""
-    command = ["ssh", *SSH, host.name, "hostname", "-I"]
+    # In a line of its own, the last one: before it the login shell may greet.
+    command = ["ssh", *ssh_options(), host.name, "echo && hostname -I"]
     answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode or not answer.stdout.split():
+    addresses = ["", *answer.stdout.splitlines()][-1].split()
+    if answer.returncode or not addresses:
         raise ValueError(f"{host.name} does not tell its address; set MASTER_ADDR")
-    return answer.stdout.split()[0]
+    return addresses[0]
 
 
-def _watch(launcher: subprocess.Popen, nodes: Nodes, folder: RunFolder) -> int:
+def _watch(launcher: subprocess.Popen, nodes: Nodes, folder: RunFolder, grace: float) -> int:
     """Wait until the job is over everywhere, or must be ended; the launcher's exit status."""
-    grace = float(os.environ.get("VQRAE_GRACE_SECONDS", GRACE))
     over_since = None
     while reason := _why_to_wait(launcher, nodes):
         trouble = nodes.trouble()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from vqrae_ds.launching.checkpoint_size import checkpoint_bytes, pretrained_byte
 from vqrae_ds.launching.orders import forwarded
 
 PACKAGE = "vqrae_ds"
-PACKAGES = ("torch", "deepspeed", "transformers", PACKAGE)
+REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
 # Names in torchvision's cache: `losses.perceptual` and `losses.convnext` look for them there.
 _CACHED = {"perceptual": "vgg16-397923af.pth", "convnext": "convnext_small-0c510722.pth"}
 
@@ -24,6 +25,7 @@ class Needs(NamedTuple):
     folder: str  # that the run is started in
     search: list[str]  # where Python looks for packages before the installed ones
     environment: dict[str, str]  # that the ranks get
+    packages: list[str]  # whose versions are to be the same on all nodes
     config: list[str]  # files that every rank reads
     run_folder: str
     data: dict[str, str]  # setting: folder with an index
@@ -42,7 +44,7 @@ class Needs(NamedTuple):
             "search": self.search,
             "environment": self.environment,
             "package": PACKAGE,
-            "packages": PACKAGES,
+            "packages": self.packages,
             "config": self.config,
             "run_folder": self.run_folder,
             "token": token,
@@ -72,6 +74,7 @@ def needs_of(run: Run, config: Path, deepspeed: Path, overrides: Sequence[str], 
         folder=os.getcwd(),
         search=list(dict.fromkeys(map(_absolute, search))),
         environment=forwarded(os.environ, os.environ.get("VQRAE_FORWARD", "")),
+        packages=[*required_packages(), PACKAGE],
         config=[_absolute(path) for path in files],
         run_folder=_absolute(run.config.run.output_dir),
         data={setting: _absolute(path) for setting, path in data.items() if path is not None},
@@ -83,6 +86,12 @@ def needs_of(run: Run, config: Path, deepspeed: Path, overrides: Sequence[str], 
         port=port,
         uses_gpus=os.environ.get("DS_ACCELERATOR") != "cpu",
     )
+
+
+def required_packages() -> list[str]:
+    """The names in the project's requirements.txt."""
+    lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
+    return [re.match(r"[\w.-]+", line)[0] for line in lines if line]
 
 
 def _weights(run: Run) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shlex
 import subprocess
 import sys
@@ -13,14 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from vqrae_ds.launching.guardian import END
+from vqrae_ds.launching.guardian import END, REPORT
 
 logger = logging.getLogger(__name__)
 
-SSH = (
-    *("-o", "BatchMode=yes", "-o", "ConnectTimeout=10"),
-    *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4"),
-)
+_ALIVE_SECONDS = 15  # between two of ssh's own questions whether the other side is there
+
+
+def ssh_options(silence: float = 30.0) -> list[str]:
+    """Options of ssh for a connection that must not give up before `silence` seconds are over."""
+    count = math.ceil(silence / _ALIVE_SECONDS) + 1
+    alive = (f"ServerAliveInterval={_ALIVE_SECONDS}", f"ServerAliveCountMax={count}")
+    options = ("BatchMode=yes", "ConnectTimeout=10", *alive)
+    return [word for option in options for word in ("-o", option)]
 
 
 class Node:
@@ -60,7 +66,9 @@ class Node:
 
     def _listen(self) -> None:
         for line in self._guardian.stdout:
-            count = int(line)
+            if not line.startswith(REPORT):  # a greeting of the login shell
+                continue
+            count = int(line.removeprefix(REPORT))
             self.is_over = self.is_over or (bool(self.processes) and count == 0)
             self.processes, self.heard = count, time.monotonic()
 
@@ -77,7 +85,7 @@ class Nodes:
         root = Path(__file__).parents[2]
         command = ["env", f"PYTHONPATH={root}", sys.executable, "-m", "vqrae_ds.launching.guardian"]
         command += [mark, str(orders), str(silence)]
-        self.all = [Node(name, command, SSH) for name in names]
+        self.all = [Node(name, command, ssh_options(silence)) for name in names]
 
     def __enter__(self) -> Nodes:
         deadline = time.monotonic() + self.silence
@@ -88,7 +96,8 @@ class Nodes:
                     node.leave()
                 names = ", ".join(gone or [node.name for node in silent])
                 raise ValueError(f"no launch: this does not work: ssh {names} {sys.executable}")
-            time.sleep(0.1)
+            self._tell("on")  # those that are there wait for the slowest
+            time.sleep(0.5)
         return self
 
     def __exit__(
@@ -98,8 +107,7 @@ class Nodes:
 
     def trouble(self) -> str | None:
         """Tell all guardians that the launcher is there, and say which node is lost."""
-        for node in self.all:
-            node.tell("on")
+        self._tell("on")
         now = time.monotonic()
         for node in self.all:
             if not node.is_connected:
@@ -116,10 +124,13 @@ class Nodes:
         """Whether on some node that answers the job goes on."""
         return any(node.is_connected and node.processes for node in self.all)
 
+    def _tell(self, word: str) -> None:
+        for node in self.all:
+            node.tell(word)
+
     def _end(self) -> None:
         """Have all guardians end what is left, and wait for those that answer."""
-        for node in self.all:
-            node.tell(END)
+        self._tell(END)
         deadline = time.monotonic() + 15  # more than a guardian takes
         while any(n.is_connected for n in self.all) and time.monotonic() < deadline:
             time.sleep(0.1)

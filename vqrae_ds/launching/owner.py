@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from vqrae_ds.launching.nodes import SSH
+from vqrae_ds.launching.nodes import ssh_options
 from vqrae_ds.launching.slurm_job import UNKNOWN, Refused, state_of
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _is_job(owner: Owner) -> bool | None:
 def _is_process(owner: Owner) -> bool | None:
     if owner.host == platform.node():
         return _began(_stat(owner.pid)) == owner.began
-    look = ["ssh", *SSH, owner.host, "cat", f"/proc/{owner.pid}/stat"]
+    look = ["ssh", *ssh_options(), owner.host, "cat", f"/proc/{owner.pid}/stat"]
     answer = subprocess.run(look, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if answer.returncode == 255:  # of ssh itself
         return False if any(sign in answer.stderr for sign in _DEAD_MACHINE) else None
