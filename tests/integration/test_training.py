@@ -1,4 +1,7 @@
-"""The main job in small: stage 1, a kill, a resume, stage 2, both conversions; real launcher."""
+"""The main job in small: stage 1, stage 2, a kill, a resume, both conversions; real launcher.
+
+Both stages have GAN, averages, and two micro batches a step. Kills in stage 1: test_kill_drill.py.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
@@ -41,19 +45,33 @@ from vqrae_ds.manifest import (
 
 pytestmark = pytest.mark.slow
 
-KILL_AFTER = 11
 GAN_AFTER = 10
+KILL_AFTER, RESUMED_AT = 17, 16
 
 
 class Chain(NamedTuple):
-    """Folders of the finished chain, and its stage 1 run over again without the kill."""
+    """Folders of the finished chain, and its stage 2 run over again without the kill."""
 
     folder: Path
     stage1: Path
-    straight: Path
     stage1_weights: Path
+    straight: Path
     stage2: Path
     inference: Path
+
+
+def turn_everything_on(folder: Path) -> None:
+    """In the files of both stages."""
+    configs = {path: yaml.safe_load(path.read_text()) for path in folder.glob("stage?.yaml")}
+    gan = configs[folder / "stage1.yaml"]["losses"]["adversarial"]
+    for path, config in configs.items():
+        config["ema"] = {"decay": 0.9}
+        config["losses"]["adversarial"] = gan
+        config["run"]["total_steps"] = STEPS
+        path.write_text(yaml.safe_dump(config))
+    path = folder / "deepspeed.json"
+    deepspeed = json.loads(path.read_text()) | {"train_micro_batch_size_per_gpu": 1}
+    path.write_text(json.dumps(deepspeed))
 
 
 def train_until_killed(folder: Path, stage: int, run_folder: Path) -> None:
@@ -68,22 +86,27 @@ def chain(tmp_path_factory, lpips_weights) -> Chain:
     folder = tmp_path_factory.mktemp("chain")
     make_inputs(folder)
     write_configs(folder, lpips_weights)
+    turn_everything_on(folder)
 
-    train(folder, 1, f"run.output_dir={folder / 'straight'}")
-    train_until_killed(folder, 1, folder / "stage1")
-    resumed = train(folder, 1)
-    assert f"resumed from {folder / 'stage1' / 'checkpoints' / 'step_00000008'}" in resumed
+    train(folder, 1)
     consolidate(find_step_folder(folder / "stage1"), folder / "stage1_weights", to="stage2")
-    train(folder, 2)
+    train(folder, 2, f"run.output_dir={folder / 'straight'}")
+    train_until_killed(folder, 2, folder / "stage2")
+    resumed = train(folder, 2)
+    checkpoint = folder / "stage2" / "checkpoints" / f"step_{RESUMED_AT:08d}"
+    assert f"resumed from {checkpoint}" in resumed
     consolidate(find_step_folder(folder / "stage2"), folder / "inference", to="inference")
-    names = ("stage1", "straight", "stage1_weights", "stage2", "inference")
+    names = ("stage1", "stage1_weights", "straight", "stage2", "inference")
     return Chain(folder, *(folder / name for name in names))
 
 
-@pytest.mark.parametrize("engine", ["generator", "discriminator"])
-def test_killed_and_resumed_equals_uninterrupted(chain, engine):
+@pytest.mark.parametrize("kind", ["generator", "discriminator", "averages"])
+def test_killed_and_resumed_equals_uninterrupted(chain, kind):
+    averages = kind == "averages"
+    engine = "generator" if averages else kind
     ours, theirs = (
-        ZeroCheckpoint(find_step_folder(run) / engine) for run in (chain.stage1, chain.straight)
+        ZeroCheckpoint(find_step_folder(run) / engine, averages=averages)
+        for run in (chain.stage2, chain.straight)
     )
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name in theirs.tensors:
@@ -93,7 +116,7 @@ def test_killed_and_resumed_equals_uninterrupted(chain, engine):
 def test_metrics_of_the_resumed_run_hold_each_step_once(chain):
     ours, theirs = (
         [e for e in read_metrics(run) if "loss/total" in e]
-        for run in (chain.stage1, chain.straight)
+        for run in (chain.stage2, chain.straight)
     )
     assert [e["step"] for e in ours] == list(range(1, STEPS + 1))
     for mine, other in zip(ours, theirs, strict=True):
@@ -112,8 +135,8 @@ def test_frozen_encoder_is_bytewise_what_it_was(chain):
 
 
 def test_the_frozen_weights_are_written_once_before_the_first_step(chain):
-    parts = {chain.straight: "vqrae.encoder.", chain.stage1: "vqrae.encoder."}
-    parts[chain.stage2] = "teacher."
+    parts = {chain.straight: "teacher.", chain.stage2: "teacher."}
+    parts[chain.stage1] = "vqrae.encoder."
     written = {}
     for run, prefix in parts.items():
         (path,) = (run / "frozen").iterdir()
@@ -125,7 +148,7 @@ def test_the_frozen_weights_are_written_once_before_the_first_step(chain):
         )
         # The last start of the run, just before its steps, writes config.yaml.
         assert path.stat().st_mtime_ns <= (run / "config.yaml").stat().st_mtime_ns
-    assert written[chain.straight] == written[chain.stage1], "the same weights, the same name"
+    assert written[chain.straight] == written[chain.stage2], "the same weights, the same name"
 
 
 def reconstruct_with_engines(rank: int, chain: Chain) -> None:
@@ -177,7 +200,7 @@ def test_run_folder_explains_itself(chain):
 def test_another_number_of_ranks_goes_on(chain, tmp_path):
     """One rank takes the steps that two ranks took, with all that the trainer does around them."""
     moved = tmp_path / "moved"
-    shutil.copytree(chain.straight, moved)
+    shutil.copytree(chain.stage1, moved)
     first, *later = reversed(find_step_folders(moved))
     for folder in later:
         shutil.rmtree(folder)
@@ -196,7 +219,7 @@ def test_another_number_of_ranks_goes_on(chain, tmp_path):
     assert f"resumed from {first} at step {SAVE_EVERY}: written by 2 ranks, now 1" in output
     ours, theirs = (
         {e["step"]: e["loss/total"] for e in read_metrics(run) if "loss/total" in e}
-        for run in (moved, chain.straight)
+        for run in (moved, chain.stage1)
     )
     assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
     # The adaptive weight of the GAN, which begins after step 10, is measured by micro batch.
