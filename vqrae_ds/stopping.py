@@ -12,7 +12,8 @@ rank may get through:
     0             DONE         has taken its last step
     85            PREEMPTED    was asked to stop; the same command goes on from its checkpoint
     1             none         failed: numbers stayed bad, a peer or a disk was lost
-    2             none         was not begun: a mistake in what it was given
+    2             none         was not begun, for a mistake in what it was given, or met an image
+                               that cannot be read
     3             none         stood still (`watchdog`)
 """
 
