@@ -5,11 +5,11 @@
 # A line of HOSTFILE is `NAME slots=GPUS`; the first has rank 0. ssh must need no password, pdsh
 # must be installed here. The same command again resumes. Run it in tmux: it ends with its terminal.
 #
-# Ctrl-C or TERM   all ranks save, and it ends with status 85; once more kills the ranks
-# a rank is killed the job ends on all nodes within GRACE (60 s) and a minute
-# a node is lost   noticed within SILENCE (60 s); 20 s later the job has ended on all nodes, on the
-#                  lost one too
-# status           0 done, 85 stopped, 2 a mistake in what it was given, else failed
+# Ctrl-C or TERM    all ranks save, and it ends with status 85; once more kills the ranks
+# a rank is killed  the job ends on all nodes within GRACE (60 s) and a minute
+# a node is lost    noticed within SILENCE (60 s); 20 s later the job has ended on all nodes, on the
+#                   lost one too
+# status            0 done, 85 stopped, 2 a mistake in what it was given, else failed
 set -euo pipefail
 
 PROJECT=${PROJECT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}   # at the same path on every node

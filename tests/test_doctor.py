@@ -16,8 +16,10 @@ from tests.config_files import write_files
 from tests.conftest import ROOT, run_python
 from vqrae_ds.config import read_run
 from vqrae_ds.data.index import find_images, write_shards
+from vqrae_ds.launching import connections
 from vqrae_ds.launching.checks import Report, judge
 from vqrae_ds.launching.connections import command_for, explain_failure
+from vqrae_ds.launching.doctor import look, look_before_launch
 from vqrae_ds.launching.hosts import Host
 from vqrae_ds.launching.needs import REQUIREMENTS, Needs, needs_of
 from vqrae_ds.launching.table import broken, is_sound, note, ok, render
@@ -245,6 +247,22 @@ def report(name: str, torch: str = "2.10", gpus: int = 8) -> Report:
         "data.train": {"shards": 1, "mine": 1, "checked": 1, "faults": []},
     }
     return Report(Host(name, 2), {fact: {"value": value} for fact, value in facts.items()})
+
+
+def test_a_slow_node_has_the_time_that_it_is_given(
+    run_files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its interpreter takes 3 s to start, as one on a busy file server does."""
+    slow = run_files / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 3\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o700)
+    monkeypatch.setattr(connections, "node_python", lambda way: str(slow))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    needs, hosts = needs_for(run_files, "config.yaml")._replace(port=None), [Host("here", 0)]
+    assert not look(hosts, "local", needs, seconds=5)
+    assert "here  reachable: no answer within 2.5 s" in capsys.readouterr().out
+    monkeypatch.setenv("DOCTOR_SECONDS", "20")
+    assert look_before_launch(hosts, "local", needs), capsys.readouterr().out
 
 
 def test_the_script(run_files: Path) -> None:

@@ -168,8 +168,10 @@ def test_what_is_there_but_not_for_this_user(tmp_path: Path) -> None:
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shards, found = json.loads(done.stdout)
-    assert shards["faults"] == [["1.tar", "cannot be read by this user"]]
-    assert found == [["lpips", str(tmp_path / "vgg.pth"), "cannot be read by this user"]]
+    assert shards["faults"] == [["1.tar", "cannot be read by this user (chmod a+r)"]]
+    assert found == [
+        ["lpips", str(tmp_path / "vgg.pth"), "cannot be read by this user (chmod a+r)"]
+    ]
 
 
 def test_a_node_s_own_disk(tmp_path: Path) -> None:

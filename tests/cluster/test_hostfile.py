@@ -63,7 +63,8 @@ def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
         "HF_TOKEN": "first-secret",
     }
     env |= {"PYTHON_API_KEY": "second-secret", "UCX_PASSWORD": "third-secret"}
-    env |= {"OF_THE_SITE_TOKEN": "fourth-secret", "VQRAE_FORWARD": "OTHER,OF_THE_SITE_TOKEN"}
+    env |= {"OF_THE_SITE_TOKEN": "fourth-secret", "PYTHON_SECRET": "fifth-secret"}
+    env |= {"VQRAE_FORWARD": "OTHER,OF_THE_SITE_TOKEN,PYTHON_SECRET"}
     job = launch(cluster, folder, run, *runs.THREE_RANKS, hostfile="uneven_hosts", **env)
     for rank, (node, local_rank) in enumerate([("n1", 0), ("n1", 1), ("n2", 0)]):
         theirs = runs.environment_of(cluster, node, runs.rank_of(cluster, node, local_rank))
@@ -71,6 +72,7 @@ def test_arguments_and_environment_arrive_and_the_weights_are_those_of_one_node(
         assert theirs["VQRAE_ODD"] == runs.ODD and theirs["NCCL_ODD"] == f"{runs.ODD}\n2"
         assert theirs["OTHER"] == "o" and "HF_TOKEN" not in theirs
         assert theirs["OF_THE_SITE_TOKEN"] == "fourth-secret"
+        assert theirs["PYTHON_SECRET"] == "fifth-secret" and "PYTHON_API_KEY" not in theirs
     assert status_of(job, runs.START_SECONDS) == 0, (folder / "log").read_text()[-6000:]
     assert (run / DONE).exists()
     log = (folder / "log").read_text()

@@ -280,8 +280,10 @@ def _shards(folder: str) -> Judge:
 
 
 def _weights(faulty: Any, _: Report) -> Cell:
-    faults = [f"{setting}: {path} {fault}" for setting, path, fault in faulty]
-    return broken(f"{', '.join(faults)}: see to it on a shared disk") if faults else ok()
+    if not faulty:
+        return ok()
+    faults = ", ".join(f"{setting}: {path} {fault}" for setting, path, fault in faulty)
+    return broken(f"{faults}: copy it to a shared disk, or let this user read it")
 
 
 def _worst(cells: Sequence[Cell]) -> Cell:

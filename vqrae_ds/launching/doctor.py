@@ -39,7 +39,8 @@ example:
   launchers/doctor --local --slots 8 --config ...
 
 It looks at: ssh or srun, Python, packages, the code's revision, the configuration, slots and GPUs,
-the master's port, clocks, the run's folder, free disk for checkpoints, shards, weights.
+the master's port, clocks, the run's folder, free disk for checkpoints in it and in
+checkpoint.local_dir, shards, weights.
 """
 
 

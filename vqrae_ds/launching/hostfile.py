@@ -40,6 +40,7 @@ from vqrae_ds.launching.orders import (
     ORDERS,
     Orders,
     forwarded,
+    sounds_secret,
     write_deepspeed_env,
     write_orders,
 )
@@ -51,7 +52,8 @@ from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS, SIGNALS
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
-# DeepSpeed forwards these by itself, quoted in part: `$(...)` in one would be run on the nodes.
+# DeepSpeed forwards these by itself, quoted in part: `$(...)` in one would be run on the nodes. It
+# forwards PYTHON too, and logs all of it: so it gets nothing that sounds like a secret.
 FORWARDED_BY_DEEPSPEED = ("MLFLOW", "MV2", "UCX", "NCCL")
 
 
@@ -130,7 +132,11 @@ def _launch(
 
     `ssh`: options of it.
     """
-    environment = {n: v for n, v in os.environ.items() if not n.startswith(FORWARDED_BY_DEEPSPEED)}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not (name.startswith(FORWARDED_BY_DEEPSPEED) or sounds_secret(name))
+    }
     environment[LAUNCH] = mark
     environment["DS_ENV_FILE"] = str(folder.launch / "deepspeed.env")
     of_the_site = os.environ.get("PDSH_SSH_ARGS_APPEND", "")

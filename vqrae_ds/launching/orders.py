@@ -58,18 +58,24 @@ def forwarded(environment: Mapping[str, str], more: str = "") -> dict[str, str]:
     also = tuple(filter(None, more.replace(",", " ").split()))
     chosen = {}
     for name, value in environment.items():
-        is_open = name.startswith(FORWARDED + also) and not any(word in name for word in SECRET)
+        is_open = name.startswith(FORWARDED + also) and not sounds_secret(name)
         if (is_open or name in also) and name not in OF_THE_LAUNCHER:
             chosen[name] = value
     return chosen
 
 
+def sounds_secret(name: str) -> bool:
+    """Whether a variable is called like a secret."""
+    return any(word in name for word in SECRET)
+
+
 def write_deepspeed_env(path: Path, environment: Mapping[str, str], **own: str) -> None:
     """Write DS_ENV_FILE: what the interpreter on a node needs to start, and `own`.
 
-    Raises `ValueError` where a value has more than one line.
+    No secret: DeepSpeed logs all of it. Raises `ValueError` where a value has more than one line.
     """
-    needed = {n: v for n, v in environment.items() if n.startswith(FOR_THE_LAUNCHER)} | own
+    chosen = (n for n in environment if n.startswith(FOR_THE_LAUNCHER) and not sounds_secret(n))
+    needed = {name: environment[name] for name in chosen} | own
     for name, value in needed.items():
         if "\n" in value:
             raise ValueError(f"{name} = {value!r} in the environment has more than one line")

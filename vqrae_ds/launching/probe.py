@@ -275,7 +275,7 @@ def _fault_of(path: str, size: int | None = None) -> str | None:
     except FileNotFoundError:  # not one that cannot be reached
         return "is missing"
     if not os.access(path, os.R_OK):
-        return "cannot be read by this user"
+        return "cannot be read by this user (chmod a+r)"
     return f"has {found} bytes, the index says {size}" if size not in (None, found) else None
 
 
