@@ -30,9 +30,9 @@ pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("VQRAE_KILL_DRILL", "4"))
 SEED = int(os.environ.get("VQRAE_KILL_SEED", "0"))
-SAVE_EVERY, STEPS = 2, 14 + 8 * KILLS  # the GAN begins at 10
+SAVE_EVERY, STEPS = 2, 14 + 12 * KILLS  # the GAN begins at 10
 DEADLINE_SECONDS, END_SECONDS = 180, 120  # in which a start makes a step, and a job is over
-START_SECONDS = 10.0  # from the first process of a rank to its first step, about
+START_SECONDS = 6.0  # from the first process of a rank to its first step, about
 LONGEST_SECONDS = 3.0  # from the first step of a start to the kill: several saves
 
 
