@@ -28,7 +28,7 @@ from vqrae_ds.stopping import DONE
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("VQRAE_KILL_DRILL", "4"))
+KILLS = int(os.environ.get("VQRAE_KILL_DRILL", "3"))
 SEED = int(os.environ.get("VQRAE_KILL_SEED", "0"))
 SAVE_EVERY, STEPS = 2, 14 + 12 * KILLS  # the GAN begins at 10
 DEADLINE_SECONDS, END_SECONDS = 180, 120  # in which a start makes a step, and a job is over
