@@ -29,9 +29,12 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("loss, total", ("loss/total",), is_log=True),
-    Panel("reconstruction loss", ("loss/reconstruction",), is_log=True),
-    Panel("perceptual loss", ("loss/perceptual", "loss/convnext")),
-    Panel("quantizer loss", ("loss/quantizer",), is_log=True),
+    Panel(
+        "reconstruction loss", ("loss/reconstruction", "loss/reconstruction_largest"), is_log=True
+    ),
+    Panel("LPIPS loss", ("loss/perceptual", "loss/perceptual_largest")),
+    Panel("ConvNeXt loss", ("loss/convnext", "loss/convnext_largest")),
+    Panel("quantizer loss", ("loss/quantizer", "loss/quantizer_largest"), is_log=True),
     Panel("distillation loss", ("loss/distillation_",), is_log=True),
     Panel("validation PSNR, dB", ("validation/psnr", "validation/baseline_psnr")),
     Panel("validation LPIPS", ("validation/lpips",)),
@@ -39,9 +42,13 @@ PANELS = (
     Panel("codes in use, share", ("codebook/usage", "validation/usage")),
     Panel("codebook perplexity", ("codebook/perplexity", "validation/perplexity")),
     Panel("codes never used", ("codebook/dead_codes",)),
-    Panel("retention: cosine with the first encoder", ("validation/teacher_cosine",)),
-    Panel("retention: L2 from the first encoder", ("validation/teacher_l2",)),
+    Panel(
+        "retention: cosine with the first encoder",
+        ("validation/teacher_cosine", "retention/cosine"),
+    ),
+    Panel("retention: L2 from the first encoder", ("validation/teacher_l2", "retention/l2")),
     Panel("GAN losses", ("gan/discriminator", "loss/adversarial")),
+    Panel("GAN losses, largest", ("gan/discriminator_largest", "loss/adversarial_largest")),
     Panel("GAN logits", ("gan/logits_",)),
     Panel("GAN: patches judged right, share", ("gan/accuracy",)),
     Panel("adaptive weight of the GAN", ("gan/adaptive_weight",), is_log=True),
@@ -52,6 +59,7 @@ PANELS = (
     Panel("MFU", ("perf/mfu",)),
     Panel("seconds a step", ("perf/seconds_per_step", "perf/data_seconds")),
     Panel("peak memory, GB", ("perf/peak_memory_gb",)),
+    Panel("steps skipped, saves failed", ("optim/skipped_steps", "checkpoint/failed_saves")),
 )
 NOT_SHOWN = ("samples",)
 
