@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tests.config_files import write_files
-from tests.conftest import ROOT, run_python
+from tests.conftest import ROOT, run_python, start_python
 from tests.distributed import run_ranks
 from vqrae_ds.config import Run, read_run
 from vqrae_ds.losses import perceptual
@@ -229,11 +229,22 @@ def measure(rank: int, folder: Path) -> None:
         for _ in range(6):  # a step of 4, then 2 that are summed up
             engine.backward(engine(x_BD).float().square().mean())
             engine.step()
-        after = storages(tensors())
-        new = sum(size for address, size in after.items() if address not in before)
-        measured[f"{name}_zero{stage}"] = new / (LAYERS * SIDE * SIDE)
+        measured[f"{name}_zero{stage}"] = settled_bytes(before) / (LAYERS * SIDE * SIDE)
         engines.append(engine)
     (folder / f"measured{rank}.json").write_text(json.dumps(measured))
+
+
+def settled_bytes(before: dict[int, int]) -> int:
+    """Of the storages that were not there before: the least of several looks.
+
+    A thread may hold what it has reduced for a moment after the step that waited for it.
+    """
+    looks = []
+    for _ in range(5):
+        time.sleep(0.05)
+        after = storages(tensors())
+        looks.append(sum(size for address, size in after.items() if address not in before))
+    return min(looks)
 
 
 def tensors() -> list[torch.Tensor]:
@@ -261,9 +272,13 @@ def test_the_bytes_are_those_that_deepspeed_keeps(tmp_path: Path) -> None:
 
 
 def plan_memory(folder: Path, *arguments: str) -> Any:
-    files = ("--config", str(folder / "config.yaml"))
-    files += ("--deepspeed_config", str(folder / "deepspeed.json"))
-    return run_python("tools/plan_memory.py", *files, *arguments)
+    return run_python(*command(folder), *arguments)
+
+
+def command(folder: Path) -> list[str]:
+    files = ["--config", str(folder / "config.yaml")]
+    files += ["--deepspeed_config", str(folder / "deepspeed.json")]
+    return ["tools/plan_memory.py", *files]
 
 
 def test_the_tool_needs_neither_data_nor_weights(tmp_path: Path) -> None:
@@ -288,10 +303,12 @@ def test_the_tool_needs_neither_data_nor_weights(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    """It does not wait for torch."""
     write_files(tmp_path)
-    start = time.perf_counter()
-    done = plan_memory(tmp_path, "--gpu-memory", "80", *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert expected in done.stderr
-    assert time.perf_counter() - start < 2, "before torch is imported"
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    all_arguments = [*command(tmp_path), "--gpu-memory", "80", *arguments]
+    process = start_python(*all_arguments, path=tmp_path)
+    shown, error = process.communicate()
+    assert (process.returncode, shown) == (2, "")
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert expected in error
