@@ -54,7 +54,9 @@ def run(tmp_path):
 
 
 def save_at(run: Run, step: int) -> Path:
-    return checkpoint.save(run, FileEngine(step), FileEngine(-step), TrainState(step, 4 * step))
+    return checkpoint.save(
+        run, checkpoint.Content(FileEngine(step), FileEngine(-step), TrainState(step, 4 * step))
+    )
 
 
 def flipped(content: bytes) -> bytes:
@@ -152,7 +154,7 @@ def test_a_file_that_is_not_as_it_was_written_is_not_vouched_for(run):
 
     older = save_at(run, 1)
     with pytest.raises(checkpoint.SaveFailed, match="generator/state has 0 bytes"):
-        checkpoint.save(run, Forgetful(), None, TrainState(2, 8))
+        checkpoint.save(run, checkpoint.Content(Forgetful(), None, TrainState(2, 8)))
     assert list(older.parent.iterdir()) == [older]
 
 
@@ -217,7 +219,7 @@ def frozen_encoder(value: float) -> nn.Module:
 
 def save_frozen(run: Run, step: int, value: float = 0.5) -> Path:
     engine = FileEngine(module=frozen_encoder(value))
-    return checkpoint.save(run, engine, None, TrainState(step, 0))
+    return checkpoint.save(run, checkpoint.Content(engine, None, TrainState(step, 0)))
 
 
 def test_the_frozen_encoder_is_written_once_and_outlives_the_checkpoints(run):

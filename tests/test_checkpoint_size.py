@@ -79,7 +79,9 @@ def save_checkpoints(rank: int, folder: Path) -> None:
             setup.generator.backward(output.patches_BhwP.mean() + output.vq_loss)
             setup.generator.step()
         state = checkpoint.TrainState(1, 4)
-        saved = checkpoint.save(run, setup.generator, setup.discriminator, state, ema=setup.ema)
+        saved = checkpoint.save(
+            run, checkpoint.Content(setup.generator, setup.discriminator, state, ema=setup.ema)
+        )
         files = json.loads((saved / "manifest.json").read_text())["files"]
         size = sum(file["size"] for file in files.values())
         assert size == pytest.approx(checkpoint_bytes(run), rel=0.03), case

@@ -114,7 +114,9 @@ def train_with_engines(rank: int, run: Run, lpips: Path, result: Path) -> None:
             if not p.requires_grad
         }
     state = checkpoint.TrainState(STEPS, STEPS * run.schedule.batch.global_batch)
-    folder = checkpoint.save(run, generator, discriminator, state, ema=setup.ema)
+    folder = checkpoint.save(
+        run, checkpoint.Content(generator, discriminator, state, ema=setup.ema)
+    )
     saved = {
         "losses": losses,
         "gradients": gradients,

@@ -82,7 +82,7 @@ def train_and_save(rank: int, folder: Path) -> None:
                 discriminator.backward(discriminator(images).float().square().mean())
                 discriminator.step()
                 tensors["discriminator"] = held(discriminator)
-            checkpoint.save(run, generator, discriminator, TrainState(2, 4 * 2))
+            checkpoint.save(run, checkpoint.Content(generator, discriminator, TrainState(2, 4 * 2)))
             if rank == 0:
                 torch.save(tensors, home / "held.pt")
 

@@ -111,11 +111,11 @@ def check_case(rank: int, folder: Path, name: str) -> None:
     engine = engines.build_generator(run)
     record = checkpoint.write_pretrained(run, engine)
     take_step(engine, rank, 0)
-    first = checkpoint.save(run, engine, None, TrainState(1), pretrained=record)
+    first = checkpoint.save(run, checkpoint.Content(engine, None, TrainState(1), pretrained=record))
     path = manifest.frozen_file(folder / name, record)
     before = path.stat()
     take_step(engine, rank, 1)
-    saved = checkpoint.save(run, engine, None, TrainState(2), pretrained=record)
+    saved = checkpoint.save(run, checkpoint.Content(engine, None, TrainState(2), pretrained=record))
     assert checkpoint.find(run) == saved
     frozen = held_frozen(engine)
     losses = [take_step(engine, rank, step) for step in (2, 3)]
@@ -198,7 +198,7 @@ def fail_on_rank_0(rank: int, folder: Path) -> None:
         left = folder / f"{name}-full" / "frozen"
         assert list(left.iterdir()) == []
         take_step(engine, rank, 0)
-        saved = checkpoint.save(run, engine, None, TrainState(1))
+        saved = checkpoint.save(run, checkpoint.Content(engine, None, TrainState(1)))
         (path,) = left.iterdir()
 
         damaged = engines.build_generator(run, fill=False)
@@ -234,7 +234,9 @@ def leave_one_of_them_out(rank: int, folder: Path) -> None:
         run = run_of(folder, rank, name, run={"output_dir": str(home)}, **changes)
         engine = engines.build_generator(run)
         record = checkpoint.write_pretrained(run, engine)
-        saved = checkpoint.save(run, engine, None, TrainState(1), pretrained=record)
+        saved = checkpoint.save(
+            run, checkpoint.Content(engine, None, TrainState(1), pretrained=record)
+        )
         assert manifest.read_manifest(saved).frozen == record
         assert (record is not None) == (home / "frozen").exists() == has_encoder
         own = [path.name for path in saved.rglob("*.safetensors")]
@@ -254,7 +256,7 @@ def resume_from_fragments(rank: int, folder: Path) -> None:
     for name in ("stage1-zero3-fp32-sharded", "stage1-zero1-bf16-sharded"):
         run = run_of(folder, rank, name)
         engine = engines.build_generator(run)
-        saved = checkpoint.save(run, engine, None, TrainState(1))
+        saved = checkpoint.save(run, checkpoint.Content(engine, None, TrainState(1)))
         old = folder / f"{name}-old" / "checkpoints" / saved.name
         if rank == 0:
             shutil.copytree(saved, old, ignore=shutil.ignore_patterns("generator"))
@@ -273,7 +275,7 @@ def resume_from_fragments(rank: int, folder: Path) -> None:
         frozen = held_frozen(engine)
         for tensor, value in held_frozen(resumed).items():
             assert torch.equal(value, frozen[tensor]), tensor
-        checkpoint.save(moved, resumed, None, TrainState(2))
+        checkpoint.save(moved, checkpoint.Content(resumed, None, TrainState(2)))
         names = [[path.name for path in home.iterdir()] for home in homes_of(folder, name)]
         assert names[0] == names[1], "from now on it is as in any run"
 

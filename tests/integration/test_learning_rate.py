@@ -108,7 +108,9 @@ def run_schedules(rank: int, folder: Path) -> None:
         run = scheduled_run(folder / f"rank{rank}", kind)
         generator, discriminator = engines.build_generator(run), engines.build_discriminator(run)
         take_steps(generator, discriminator, run, rank, range(SAVED_AFTER), kind)
-        saved = checkpoint.save(run, generator, discriminator, TrainState(SAVED_AFTER))
+        saved = checkpoint.save(
+            run, checkpoint.Content(generator, discriminator, TrainState(SAVED_AFTER))
+        )
         take_steps(generator, discriminator, run, rank, range(SAVED_AFTER, TOTAL), kind)
         last = {part: BASE * factor * END_RATIO for part, factor in MULTIPLIERS.items()}
         assert engines.learning_rates(generator, discriminator) == pytest.approx(last)

@@ -208,7 +208,9 @@ def start_well(rank: int, folder: Path) -> None:
     for stage in (1, 3):
         zero, output = {"stage": stage}, {"output_dir": str(folder / f"zero{stage}")}
         run = make_run(mine, 1, deepspeed={"zero_optimization": zero}, run=output)
-        saved = checkpoint.save(run, engines.build_generator(run), None, checkpoint.TrainState())
+        saved = checkpoint.save(
+            run, checkpoint.Content(engines.build_generator(run), None, checkpoint.TrainState())
+        )
         resumed = engines.build_generator(run, fill=False)
         with pytest.raises(AssertionError, match="vqrae.encoder.*, vqrae.standardize.mean"):
             first_weights.check_filled(resumed.module)

@@ -70,7 +70,7 @@ def train_everything(rank: int, folder: Path) -> None:
         saved.steps(rank, 0, SAVED_AFTER)
         saved.objective.settle()
         reached = checkpoint.TrainState(SAVED_AFTER, 0)
-        checkpoint.save(run, saved.generator, saved.discriminator, reached)
+        checkpoint.save(run, checkpoint.Content(saved.generator, saved.discriminator, reached))
         resumed = Training(run, fill=False)
         newest = checkpoint.find(run)
         state, *_ = checkpoint.resume(newest, resumed.generator, resumed.discriminator)

@@ -120,7 +120,7 @@ def run_hpz(rank: int, folder: Path) -> None:
     size = ENCODER["hidden_size"] * ENCODER["intermediate_size"]
     assert weight.ds_tensor.numel() == size / HPZ_RANKS
     assert weight.ds_secondary_tensor.numel() == size / NODE
-    checkpoint.save(run, engine, None, checkpoint.TrainState(SAVED_AFTER))
+    checkpoint.save(run, checkpoint.Content(engine, None, checkpoint.TrainState(SAVED_AFTER)))
     losses += take_steps(engine, run, rank, range(SAVED_AFTER, STEPS), 1)
     assert losses == pytest.approx(plain, rel=1e-6)
     torch.save((run, losses), folder / f"hpz{rank}.pt")

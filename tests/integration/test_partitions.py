@@ -179,7 +179,7 @@ def train_layout(rank: int, folder: Path, name: str) -> None:
     if rank == 0:
         torch.save(held, folder / f"{name}.pt")
 
-    saved = checkpoint.save(run, engine, None, TrainState(STEPS), ema=ema)
+    saved = checkpoint.save(run, checkpoint.Content(engine, None, TrainState(STEPS), ema=ema))
     again = engines.build_generator(run, fill=False)
     resumed_ema = WeightAverage(again, DECAY)
     assert checkpoint.find(run) == saved

@@ -1,5 +1,7 @@
 """A run that goes on over another number of ranks, in every ZeRO layout: 2 -> 1 -> 2, 2 -> 4 -> 2.
 
+And some of them 2 -> 1 -> 4.
+
 The reference is the run that was never interrupted, and what DeepSpeed itself gathers of an engine.
 Masters, moments, averages, frozen weights, buffers and counters must come back bit for bit. The
 steps that follow sum the same gradients in another order, so losses are held to fp32 rounding:
@@ -62,6 +64,10 @@ LAYOUTS = {
     "zero2-host": Layout(2, BF16, ON_HOST, (1,)),
     "zero3-host": Layout(3, BF16, ON_HOST | PARAMETERS_ON_HOST, (4,)),
 }
+
+ONE_TO_FOUR = ("zero3-fp32", "zero1-bf16-sums")
+ROUTES = [(n, f"{o}", f"{o}-2") for n, layout in LAYOUTS.items() for o in layout.over]
+ROUTES += [(name, "1", "1-4") for name in ONE_TO_FOUR]
 
 
 def layout_run(rank: int, folder: Path, name: str, output: str) -> Run:
@@ -148,7 +154,9 @@ def save(run: Run, setup: Any, step: int) -> None:
     """A checkpoint, and beside it what DeepSpeed gathers of the engines."""
     setup.objective.settle()
     reached = TrainState(step, step * BATCH)
-    folder = checkpoint.save(run, setup.generator, setup.discriminator, reached, ema=setup.ema)
+    folder = checkpoint.save(
+        run, checkpoint.Content(setup.generator, setup.discriminator, reached, ema=setup.ema)
+    )
     state = whole_state(setup)
     if dist.get_rank() == 0:
         torch.save(state, folder.parent.parent / "state.pt")
@@ -193,19 +201,25 @@ def go_on(rank: int, folder: Path, step: int) -> None:
     """Take over what 2 ranks left, or as 2 ranks what others made of it, and save it further on."""
     ranks = dist.get_world_size()
     for name, layout in LAYOUTS.items():
-        sources = [f"{name}-2"] if ranks != 2 else [f"{name}-{over}" for over in layout.over]
-        if ranks not in (2, *layout.over):
-            continue
-        for source in sources:
-            output = f"{source}-{ranks}" if ranks == 2 else f"{name}-{ranks}"
-            if rank == 0:
-                shutil.copytree(folder / source, folder / output)
-            run = layout_run(rank, folder, name, output)
-            setup = resumed(run, step)
-            losses = take_steps(setup, rank, range(step, step + NEXT_STEPS))
-            save(run, setup, step + NEXT_STEPS)
-            if rank == 0:
-                torch.save(losses, folder / f"{output}-losses.pt")
+        if ranks == 2:
+            for over in layout.over:
+                take_over(rank, folder, name, f"{name}-{over}", f"{name}-{over}-2", step)
+        elif ranks in layout.over:
+            take_over(rank, folder, name, f"{name}-2", f"{name}-{ranks}", step)
+        if ranks == 4 and name in ONE_TO_FOUR:
+            take_over(rank, folder, name, f"{name}-1", f"{name}-1-4", step + NEXT_STEPS)
+
+
+def take_over(rank: int, folder: Path, name: str, source: str, output: str, step: int) -> None:
+    """Go on from a copy of what `source` left at `step`."""
+    if rank == 0:
+        shutil.copytree(folder / source, folder / output)
+    run = layout_run(rank, folder, name, output)
+    setup = resumed(run, step)
+    losses = take_steps(setup, rank, range(step, step + NEXT_STEPS))
+    save(run, setup, step + NEXT_STEPS)
+    if rank == 0:
+        torch.save(losses, folder / f"{output}-losses.pt")
 
 
 @pytest.fixture(scope="module")
@@ -219,13 +233,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("name", "over"), [(name, over) for name, layout in LAYOUTS.items() for over in layout.over]
-)
-def test_the_steps_are_those_of_the_uninterrupted_run(runs: Path, name: str, over: int) -> None:
+@pytest.mark.parametrize(("name", "first", "second"), ROUTES)
+def test_the_steps_are_those_of_the_uninterrupted_run(
+    runs: Path, name: str, first: str, second: str
+) -> None:
     straight = torch.load(runs / f"{name}-losses.pt")
     assert len(straight) == 2 * 2 * NEXT_STEPS and len(set(straight)) == len(straight)
-    there = torch.load(runs / f"{name}-{over}-losses.pt")
-    back = torch.load(runs / f"{name}-{over}-2-losses.pt")
+    there = torch.load(runs / f"{name}-{first}-losses.pt")
+    back = torch.load(runs / f"{name}-{second}-losses.pt")
     bound = BF16_BOUND if LAYOUTS[name].precision else FP32_BOUND
     assert there + back == pytest.approx(straight, rel=bound)

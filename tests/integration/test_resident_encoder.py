@@ -91,7 +91,7 @@ def check_loading(shared: Path, run: Run, sharded, engine) -> None:
     run = run._replace(config=run.config.model_copy(update={"run": output}))
     state = resident.state(engine.module)
     for step, saver in enumerate((engine, sharded)):
-        saved = checkpoint.save(run, saver, None, TrainState(STEPS + step))
+        saved = checkpoint.save(run, checkpoint.Content(saver, None, TrainState(STEPS + step)))
         again = engines.build_generator(run, fill=False)
         assert all(tensor.isnan().all() for tensor in resident.state(again.module).values())
         checkpoint.resume(saved, again, None)

@@ -48,7 +48,9 @@ def check_random_states(rank: int, folder: Path) -> None:
     torch.manual_seed(100 + rank)
     options = {"ema": setup.ema, "extra": EXTRA}
     reached = TrainState(STEP, 12)
-    saved = checkpoint.save(run, setup.generator, setup.discriminator, reached, **options)
+    saved = checkpoint.save(
+        run, checkpoint.Content(setup.generator, setup.discriminator, reached, **options)
+    )
     expected = torch.rand(3)
     again = fresh(run)
     found = checkpoint.resume(saved, *again)
@@ -152,7 +154,7 @@ def check_misfits(rank: int, folder: Path) -> None:
 
     run = make(rank, folder, run={"output_dir": str(folder / "bare")})
     setup = make_setup(run)
-    bare = checkpoint.save(run, setup.generator, None, TrainState(1, 4))
+    bare = checkpoint.save(run, checkpoint.Content(setup.generator, None, TrainState(1, 4)))
     with pytest.raises(ValueError, match="holds no discriminator: losses.adversarial was off"):
         checkpoint.resume(bare, setup.generator, setup.discriminator)
     with pytest.raises(ValueError, match="holds no moving average .* for ema was off"):

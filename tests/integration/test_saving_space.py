@@ -65,7 +65,7 @@ def compute_and_save(rank: int, folder: Path, disk: Path) -> None:
             before = sum(gather(own_bytes(*everything)))
             micro_step(setup, images_of(0, rank), 0)
             computed = sum(gather(own_bytes(*everything)))
-            saved = save(run, *content[:3], ema=content.ema, pretrained=content.pretrained)
+            saved = save(run, content)
             written = manifest.read_manifest(saved)
             figures[f"{name}_{frozen}"] = (before, computed, written.num_bytes)
     if rank == 0:

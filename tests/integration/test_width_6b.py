@@ -123,7 +123,10 @@ def take_a_step(rank: int, folder: Path, stage: int, lpips: Path) -> None:
     )
     (folder / f"stage{stage}_rank{rank}.json").write_text(json.dumps(measured._asdict()))
     if stage == 1:
-        checkpoint.save(run, setup.generator, setup.discriminator, checkpoint.TrainState(1, 2))
+        checkpoint.save(
+            run,
+            checkpoint.Content(setup.generator, setup.discriminator, checkpoint.TrainState(1, 2)),
+        )
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 class Resumed(NamedTuple):
     """What a checkpoint brings beside what `resume` has loaded already.
 
-    `extra` is as it was given to `save`, every float to the last bit. `pretrained` is the record of
-    the run's file of frozen pretrained weights, None where the checkpoint refers to none.
+    `extra` is as it was in its `Content`, every float to the last bit. `pretrained` is the record
+    of the run's file of frozen pretrained weights, None where the checkpoint refers to none.
     """
 
     state: TrainState

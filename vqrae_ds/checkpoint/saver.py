@@ -13,7 +13,7 @@ import torch.distributed as dist
 from vqrae_ds.checkpoint.names import checkpoints_folder, local_root
 from vqrae_ds.checkpoint.publishing import Publication, save_locally
 from vqrae_ds.checkpoint.retention import remove_partial
-from vqrae_ds.checkpoint.saving import Content, SaveFailed, save_directly
+from vqrae_ds.checkpoint.saving import Content, SaveFailed, save
 from vqrae_ds.checkpoint.space import find_shortage, own_bytes
 from vqrae_ds.config import Run
 from vqrae_ds.ranks import failing_together
@@ -73,7 +73,7 @@ class Saver:
     def _save_directly(self, content: Content) -> None:
         try:
             _check_space(self._run, content)
-            self._succeeded(save_directly(self._run, content))
+            self._succeeded(save(self._run, content))
         except SaveFailed as error:
             self._count(content.state.step, error)
 

@@ -54,25 +54,12 @@ class Content(NamedTuple):
     replaces_old: bool = True
 
 
-def save(
-    run: Run,
-    generator: Any,
-    discriminator: Any,
-    state: TrainState,
-    *,
-    ema: WeightAverage | None = None,
-    extra: dict[str, Any] | None = None,
-    pretrained: manifest.FileRecord | None = None,
-) -> Path:
-    """Write a checkpoint of this `Content`; every rank calls it. Returns its folder, complete.
+def save(run: Run, content: Content) -> Path:
+    """Write a checkpoint, straight into the run's folder; every rank calls it.
 
-    Raises `SaveFailed`, on all ranks together, where a file of any of them cannot be written.
+    Returns its folder, complete. Raises `SaveFailed`, on all ranks together, where a file of any of
+    them cannot be written.
     """
-    return save_directly(run, Content(generator, discriminator, state, ema, extra, pretrained))
-
-
-def save_directly(run: Run, content: Content) -> Path:
-    """`save`, straight into the run's folder."""
     start = time.perf_counter()
     content = with_pretrained(run, content)
     folder = step_folder(run, content.state.step)
