@@ -32,8 +32,7 @@ from vqrae_ds.monitoring.throughput import RankFigures, Throughput
 
 logger = logging.getLogger(__name__)
 
-# Of the vectors in the reduction, beside the terms.
-CODES, GRADIENT, MAXIMA = "codes", "gradient_", "maxima"
+CODES, GRADIENT = "codes", "gradient_"  # of the vectors in the reduction, beside the terms
 
 
 class CodeWindow:
@@ -106,19 +105,18 @@ class Monitor:
         counts_K = self.window.counts()
         vectors = self._terms.vectors() | {CODES: counts_K}
         vectors |= {GRADIENT + part: s.reshape(1) for part, s in self._gradients.items()}
-        vectors[MAXIMA] = _row_of_this_rank(list(largest.values()), counts_K.device)
         own = self._throughput.of_this_rank(counts_K.device)
-        sums, own_WN = sum_over_ranks(vectors, own)
+        sums, own_WN = sum_over_ranks(vectors, [*own, *largest.values()])
+        worst = own_WN.amax(0).tolist()
         self.means = self._terms.means(sums)
         norms = _gradient_norms({part: sums[GRADIENT + part] for part in self._gradients})
         entry = _finite(self.means, norms | dict(numbers or {}))
-        maxima_T = sums[MAXIMA].view(dist.get_world_size(), len(largest)).amax(0)
-        maxima = zip(largest, maxima_T.tolist(), strict=True)
+        maxima = zip(largest, worst[len(own) :], strict=True)
         entry |= {name + LARGEST: value for name, value in maxima}
         codes = codebook_statistics(sums[CODES])._asdict()
         entry |= {f"codebook/{name}": value for name, value in codes.items()}
         entry |= {f"optim/learning_rate_{part}": rate for part, rate in learning_rates.items()}
-        entry |= self._throughput.restart(step, RankFigures(*own_WN.amax(0).tolist()))
+        entry |= self._throughput.restart(step, RankFigures(*worst[: len(own)]))
         self._terms.clear()
         self._gradients = {}
         if self._log is not None:
@@ -159,14 +157,6 @@ def usage_histogram(counts_K: Tensor) -> list[int]:
     """How many codes were used 0 times, once, 2-3 times, 4-7 times, ..., up to the most used."""
     _, bucket_K = torch.frexp(counts_K.double())  # n = m * 2^bucket with m in [0.5, 1); 0 for 0
     return torch.bincount(bucket_K.long()).tolist()
-
-
-def _row_of_this_rank(values: list[Tensor], device: torch.device) -> Tensor:
-    """(ranks * T,): `values` in the row of this rank, else 0, so that a sum brings all together."""
-    table_WT = torch.zeros(dist.get_world_size(), len(values), dtype=torch.float64, device=device)
-    if values:
-        table_WT[dist.get_rank()] = torch.stack(values)
-    return table_WT.flatten()
 
 
 def _finite(means: Mapping[str, TermMean], others: Mapping[str, float]) -> dict[str, float]:

@@ -90,18 +90,20 @@ class TermSums:
         self._sums.clear()
 
 
-def sum_over_ranks(vectors: Mapping[str, Tensor], own: Sequence[float]) -> SumsOverRanks:
+def sum_over_ranks(vectors: Mapping[str, Tensor], own: Sequence[float | Tensor]) -> SumsOverRanks:
     """Add up vectors by name, and show the numbers `own` of every rank to all: one reduction.
 
     Every rank calls it with the same names and lengths; where not, all of them raise.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    layout = " ".join(f"{name}:{len(vector)}" for name, vector in vectors.items())
-    table_WN = torch.zeros(world_size, 1 + len(own), dtype=torch.float64)
-    # A row a rank, the others zero: their sum is a gather, and its head tells who disagrees.
-    table_WN[rank] = torch.tensor([zlib.crc32(layout.encode()), *own], dtype=torch.float64)
     parts = [vector.double() for vector in vectors.values()]
-    fused = torch.cat([table_WN.flatten().to(parts[0].device), *parts])
+    layout = " ".join(f"{name}:{len(vector)}" for name, vector in vectors.items())
+    head = zlib.crc32(f"{layout} own:{len(own)}".encode())
+    numbers = {"dtype": torch.float64, "device": parts[0].device}
+    table_WN = torch.zeros(world_size, 1 + len(own), **numbers)
+    # A row a rank, the others zero: their sum is a gather, and its head tells who disagrees.
+    table_WN[rank] = torch.stack([torch.as_tensor(number, **numbers) for number in (head, *own)])
+    fused = torch.cat([table_WN.flatten(), *parts])
     fused = F.pad(fused, (0, -len(fused) % PADDING))
     dist.all_reduce(fused)
     fused = fused.cpu()
