@@ -31,7 +31,7 @@ from vqrae_ds.models.discriminator import build_discriminator as new_discriminat
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.vqrae import VQRAE
-from vqrae_ds.parallel.groups import Groups, Ranks, make_groups
+from vqrae_ds.parallel.groups import Groups, Ranks, make_data_groups, make_groups
 from vqrae_ds.parallel.model import sliced_parts
 from vqrae_ds.parallel.slices import ALONE
 from vqrae_ds.ranks import failing_together
@@ -168,6 +168,8 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
     """The discriminator's engine, or None where the recipe has no GAN.
 
     It shares batch, optimizer, clipping and precision of the JSON; its schedule starts with it.
+    Tensor-parallel groups do not divide it: it is data-parallel over all ranks, and that each image
+    counts once for every rank of a group changes no mean.
     """
     gan = run.config.losses.adversarial
     if gan is None or gan.weight == 0:
@@ -180,6 +182,8 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
     if "scheduler" in deepspeed_config:
         steps = run.schedule.total_steps - gan.first_discriminator_step
         deepspeed_config["scheduler"]["params"]["total_num_steps"] = max(steps, 1)
+    tensor_size = run.schedule.batch.tensor_size
+    deepspeed_config["train_batch_size"] *= tensor_size
     torch.manual_seed(run.config.run.seed + 1)
     discriminator = new_discriminator(gan)
     if fill:
@@ -189,7 +193,7 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
         model=discriminator,
         model_parameters=discriminator_groups(discriminator),
         config=deepspeed_config,
-        mpu=_groups(run),
+        mpu=make_data_groups() if tensor_size > 1 else None,
     )
     set_learning_rate(engine, 0)
     return engine

@@ -9,12 +9,14 @@ them see the same images; ZeRO partitions over the data group.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from vqrae_ds.parallel.slices import Place
+from vqrae_ds.parallel.slices import Place, Split, merge, own_shape
 
 
 class Groups(NamedTuple):
@@ -54,6 +56,38 @@ class Groups(NamedTuple):
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.data
+
+
+@functools.cache
+def make_data_groups() -> Groups:
+    """Each rank a tensor group of its own, for a model that no group divides beside one that is.
+
+    All ranks call it together; the groups are made once a process.
+    """
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    return Groups(alone[dist.get_rank()], dist.group.WORLD)
+
+
+def whole_shape(shape: Sequence[int], split: Split, groups: Groups) -> tuple[int, ...]:
+    """The shape of the whole tensor of which this rank's slice has `shape`.
+
+    All ranks of the tensor group call it together.
+    """
+    lengths: list[int] = [0] * groups.place.size
+    dist.all_gather_object(lengths, shape[split.dim], group=groups.tensor)
+    return tuple(sum(lengths) if i == split.dim else n for i, n in enumerate(shape))
+
+
+def merge_over_group(own: Tensor, shape: tuple[int, ...], split: Split, groups: Groups) -> Tensor:
+    """The whole tensor of `shape` on every rank of the tensor group, which call it together."""
+    slices, (rank, size) = [], groups.place
+    for other in range(size):
+        piece = own.contiguous()
+        if other != rank:
+            piece = own.new_empty(own_shape(shape, split, Place(other, size)))
+        dist.broadcast(piece, group=groups.tensor, group_src=other)
+        slices.append(piece)
+    return merge(slices, split)
 
 
 class Ranks(NamedTuple):

@@ -250,7 +250,7 @@ def saved_bytes(engine: Any) -> int:
     tensors += moments
     if _is_zero_3(engine.optimizer):
         tensors += engine.module.buffers()
-    elif dist.get_rank() == 0:  # the others write no module
+    elif dist.get_rank(engine.optimizer.dp_process_group) == 0:  # the others write no module
         frozen = {n for n, p in engine.module.named_parameters() if not p.requires_grad}
         state = engine.module.state_dict()
         tensors += [tensor for name, tensor in state.items() if name not in frozen]
