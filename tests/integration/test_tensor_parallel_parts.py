@@ -15,7 +15,7 @@ from vqrae_ds.models.decoder import Decoder
 from vqrae_ds.models.simvq import SimVQ
 from vqrae_ds.parallel.codebook import ShardedCodebook
 from vqrae_ds.parallel.groups import make_groups
-from vqrae_ds.parallel.layers import is_split
+from vqrae_ds.parallel.marks import is_split
 from vqrae_ds.parallel.model import sliced_parts
 from vqrae_ds.parallel.slices import own_slice, split_of
 

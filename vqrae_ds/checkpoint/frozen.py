@@ -33,7 +33,8 @@ from vqrae_ds.conversion.safetensors_stream import (
     write_file,
 )
 from vqrae_ds.manifest import FileRecord, frozen_file, hash_file, sync
-from vqrae_ds.parallel.groups import Groups, merge_over_group, whole_shape
+from vqrae_ds.parallel.groups import Groups, merge_over_group
+from vqrae_ds.parallel.marks import whole_shape
 from vqrae_ds.parallel.slices import Split, split_of
 from vqrae_ds.ranks import failing_together, from_rank_0
 from vqrae_ds.sharding import resident
@@ -111,10 +112,8 @@ def _frozen(engine: Any) -> dict[str, _Weight]:
     inside = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     found = {}
     for name, tensor in (inside | resident.state(model)).items():
-        shape, split = tuple(getattr(tensor, "ds_shape", tensor.shape)), None
-        if groups is not None and (split := split_of(name)) is not None:
-            shape = whole_shape(shape, split, groups)
-        found[name] = _Weight(tensor, shape, split, groups)
+        split = None if groups is None else split_of(name)
+        found[name] = _Weight(tensor, whole_shape(tensor), split, groups)
     return found
 
 

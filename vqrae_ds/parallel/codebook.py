@@ -18,6 +18,7 @@ from vqrae_ds.models.quantizer import Search
 from vqrae_ds.models.simvq import FrozenCodebook
 from vqrae_ds.ops.nearest_code import nearest_code
 from vqrae_ds.parallel.groups import Groups
+from vqrae_ds.parallel.marks import mark_split
 from vqrae_ds.parallel.slices import COLUMN, bounds, own_slice
 
 
@@ -28,6 +29,7 @@ class ShardedCodebook(FrozenCodebook):
         self.whole_shape, self.groups = (num_embeddings, embedding_dim), groups
         self.first, held = bounds(num_embeddings, groups.place)
         super().__init__(held, embedding_dim)
+        mark_split(self.weight, self.whole_shape)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -9,7 +9,6 @@ them see the same images; ZeRO partitions over the data group.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,16 +65,6 @@ def make_data_groups() -> Groups:
     """
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     return Groups(alone[dist.get_rank()], dist.group.WORLD)
-
-
-def whole_shape(shape: Sequence[int], split: Split, groups: Groups) -> tuple[int, ...]:
-    """The shape of the whole tensor of which this rank's slice has `shape`.
-
-    All ranks of the tensor group call it together.
-    """
-    lengths: list[int] = [0] * groups.place.size
-    dist.all_gather_object(lengths, shape[split.dim], group=groups.tensor)
-    return tuple(sum(lengths) if i == split.dim else n for i, n in enumerate(shape))
 
 
 def merge_over_group(own: Tensor, shape: tuple[int, ...], split: Split, groups: Groups) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vqrae_ds.models.decoder import Layers
 from vqrae_ds.parallel.groups import Groups
+from vqrae_ds.parallel.marks import mark_split
 from vqrae_ds.parallel.slices import COLUMN, QKV, ROW, Split, own_shape, own_slice
 
 
@@ -40,7 +41,7 @@ class SlicedLinear(nn.Linear):
         self.groups = groups
         o, i = own_shape(self.whole_shape, split, groups.place)
         super().__init__(i, o)
-        mark_split(self.weight)
+        mark_split(self.weight, self.whole_shape)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -62,7 +63,7 @@ class ColumnLinear(SlicedLinear):
         self, in_features: int, out_features: int, *, groups: Groups, split: Split = COLUMN
     ) -> None:
         super().__init__(in_features, out_features, groups, split)
-        mark_split(self.bias)
+        mark_split(self.bias, self.whole_shape[:1])
 
     def forward(self, x_BNI: Tensor) -> Tensor:
         return super().forward(_CopyToGroup.apply(x_BNI, self.groups.tensor))  # (B, N, o)
@@ -90,20 +91,6 @@ class HeadNorm(nn.RMSNorm):
         # A copy: ZeRO-3 takes the weight's memory back after this.
         weight_d = _CopyToGroup.apply(self.weight.clone(), self.groups.tensor)
         return F.rms_norm(x_BhNd, self.normalized_shape, weight_d, self.eps)
-
-
-def mark_split(parameter: nn.Parameter) -> None:
-    """Tell DeepSpeed that each rank of a tensor group has another slice of it.
-
-    In the norm of the gradient it then counts every slice, and all other parameters once a group
-    (deepspeed 0.19.8, runtime/utils.py, `is_model_parallel_parameter`).
-    """
-    parameter.model_parallel = parameter.tensor_model_parallel = True
-
-
-def is_split(parameter: nn.Parameter) -> bool:
-    """Whether `mark_split` was told about it."""
-    return getattr(parameter, "tensor_model_parallel", False)
 
 
 class _CopyToGroup(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import nn
 
 from vqrae_ds.config import LearningRateMultiplierConfig
 from vqrae_ds.models.training_model import TrainingModel
-from vqrae_ds.parallel.layers import is_split
+from vqrae_ds.parallel.marks import is_split
 
 PARTS = {  # part of `lr_multiplier` -> prefixes of parameter names
     "encoder": ("vqrae.encoder.",),
