@@ -30,7 +30,11 @@ KINDS = {
     "zero1": {"zero_optimization": {"stage": 1}},
     "zero2": {"zero_optimization": {"stage": 2}},
     "zero3": {"zero_optimization": ZERO_3},
-    "zero3-bf16": {"zero_optimization": ZERO_3, "bf16": {"enabled": True}},
+    "zero3-bf16-sums": {
+        "zero_optimization": ZERO_3,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    },
     "zero1-bf16-sums": {
         "zero_optimization": {"stage": 1},
         "bf16": {"enabled": True},
