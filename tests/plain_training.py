@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,10 +99,12 @@ def smooth_lpips(weights: Path) -> PerceptualLoss:
     return perceptual
 
 
-def train_plainly(initial: Path, cell: Cell, world_size: int, lpips: Path) -> Trained:
+def train_plainly(
+    initial: Path, cell: Cell, world_size: int, lpips: Path, fields: dict[str, Any] | None = None
+) -> Trained:
     """All steps of a cell. Activation checkpointing, which changes no number, is left out."""
-    model = build_model(freeze_encoder=cell.stage == 1)
-    teacher = build_model().encoder.requires_grad_(False)
+    model = build_model(fields=fields, freeze_encoder=cell.stage == 1)
+    teacher = build_model(fields=fields).encoder.requires_grad_(False)
     discriminator = PatchDiscriminator(**GAN)
     discriminator.load_state_dict(load_file(initial / "discriminator.safetensors"))
     perceptual = smooth_lpips(lpips)

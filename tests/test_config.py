@@ -48,7 +48,7 @@ def test_ranks_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(("ranks", "accumulation"), [(1, 64), (2, 32), (4, 16), (8, 8), (64, 1)])
 def test_accumulation_follows_from_the_ranks(tmp_path: Path, ranks: int, accumulation: int) -> None:
     run = read(tmp_path, world_size=ranks)
-    assert run.schedule.batch == (64, 1, accumulation, ranks)
+    assert run.schedule.batch == (64, 1, accumulation, ranks, 1)
     assert run.deepspeed["gradient_accumulation_steps"] == accumulation
     assert run.deepspeed["train_batch_size"] == 64
 

@@ -168,7 +168,8 @@ class TestConstruction:
         assert len(decoder.blocks) == ENCODER["num_hidden_layers"]
         assert block.norm1.weight.shape == (ENCODER["hidden_size"],)
         assert block.mlp.fc1.weight.shape == (ENCODER["intermediate_size"], ENCODER["hidden_size"])
-        assert block.attention.num_heads == ENCODER["num_attention_heads"]
+        heads = ENCODER["hidden_size"] // block.attention.head_size
+        assert heads == ENCODER["num_attention_heads"]
         assert isinstance(block.norm1, nn.RMSNorm)
         assert model(random_images()).reconstruction.shape == (2, 3, 32, 32)
         assert model.config.image_size == IMAGE_SIZE

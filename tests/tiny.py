@@ -60,10 +60,14 @@ class PlainEngine(nn.Module):
         return self.module(images)
 
 
-def build_model(seed: int = 0, **options: Any) -> VQRAE:
-    """A model with random weights, position embeddings and feature statistics included."""
+def build_model(seed: int = 0, fields: dict[str, Any] | None = None, **options: Any) -> VQRAE:
+    """A model with random weights, position embeddings and feature statistics included.
+
+    `fields` take the place of those of `MODEL`.
+    """
     torch.manual_seed(seed)
-    model = VQRAE(config=ModelConfig(encoder_config=ENCODER, **MODEL), **options)
+    config = ModelConfig(encoder_config=ENCODER, **MODEL | (fields or {}))
+    model = VQRAE(config=config, **options)
     with torch.no_grad():
         model.standardize.mean.normal_()
         model.standardize.std.uniform_(0.5, 2)
@@ -73,9 +77,9 @@ def build_model(seed: int = 0, **options: Any) -> VQRAE:
     return model
 
 
-def save_initial(folder: Path) -> None:
+def save_initial(folder: Path, fields: dict[str, Any] | None = None) -> None:
     """A consolidated folder to start from, discriminator included."""
-    build_model().save_pretrained(folder)
+    build_model(fields=fields).save_pretrained(folder)
     torch.manual_seed(1)
     discriminator = PatchDiscriminator(**GAN)
     save_file(discriminator.state_dict(), folder / "discriminator.safetensors")

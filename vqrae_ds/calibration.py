@@ -18,9 +18,16 @@ SMALLEST_STD = 1e-6  # a channel that never changes carries nothing: it must not
 
 @torch.no_grad()
 def calibrate(
-    engine: nn.Module, batches: Iterable[Batch], num_images: int, device: torch.device
+    engine: nn.Module,
+    batches: Iterable[Batch],
+    num_images: int,
+    device: torch.device,
+    data_size: int | None = None,
 ) -> None:
     """Set `vqrae.standardize` from at least `num_images` images; every rank calls it.
+
+    `data_size` of the ranks see different images, all of them if left out. Images that several
+    ranks see change neither mean nor scale, for all are seen as often.
 
     Sums are float64: the variance is the small difference of two large numbers.
     """
@@ -32,7 +39,7 @@ def calibrate(
         features = engine(batch.images_B3HW.to(device)).vqrae.features_BND.double()
         ones = torch.ones_like(features)
         sums_3D += torch.stack([t.sum((0, 1)) for t in (ones, features, features.square())])
-        seen += len(features) * dist.get_world_size()
+        seen += len(features) * (data_size or dist.get_world_size())
         if seen >= num_images:
             break
     engine.train()

@@ -9,11 +9,9 @@ They are NaN until then: what stays without a value is found and named.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import os
 from datetime import timedelta
-from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -27,27 +25,22 @@ from transformers.initialization import no_init_weights
 from vqrae_ds import watchdog
 from vqrae_ds.attention import choose_attention
 from vqrae_ds.config import Run
-from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO
+from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO, for_engine
 from vqrae_ds.determinism import make_deterministic
 from vqrae_ds.models.discriminator import build_discriminator as new_discriminator
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.vqrae import VQRAE
+from vqrae_ds.parallel.groups import Groups, Ranks, make_data_groups, make_groups
+from vqrae_ds.parallel.model import sliced_parts
+from vqrae_ds.parallel.slices import ALONE
 from vqrae_ds.ranks import failing_together
 from vqrae_ds.sharding import first_weights, resident
 from vqrae_ds.sharding.first_weights import Source, freed_memory_returned, uninitialized_is_nan
 from vqrae_ds.sharding.parameter_groups import discriminator_groups, parameter_groups
 
 
-class Ranks(NamedTuple):
-    """This process among its peers."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-
-def start(timeout: timedelta, deterministic: bool = False) -> Ranks:
+def start(timeout: timedelta, deterministic: bool = False, tensor_size: int = 1) -> Ranks:
     """Join the process group: NCCL with GPUs, gloo without.
 
     A peer that is gone ends the run after `timeout`. `make_deterministic` says what
@@ -69,7 +62,7 @@ def start(timeout: timedelta, deterministic: bool = False) -> Ranks:
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     device = torch.device(deepspeed.get_accelerator().current_device_name())
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, tensor_size)
 
 
 def learning_rates(
@@ -114,20 +107,24 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
 
     Raises `ValueError`, on all ranks together, for weight files that do not fit or are damaged.
     """
-    config, model = run.config, build_model(run)
+    config, groups = run.config, _groups(run)
+    model = build_model(run, groups)
     sources: dict[str, Source] = {}
     if fill:
         with failing_together():
-            sources = first_weights.find_sources(model, config)
-        fill_weights(model, sources)
+            place = ALONE if groups is None else groups.place
+            sources = first_weights.find_sources(model, config, place)
+        fill_weights(model, sources, groups)
     else:
         first_weights.poison(model, set(model.state_dict()))
     if config.memory.frozen_encoder == "resident":
         device = torch.device(deepspeed.get_accelerator().current_device_name())
         dtype = torch.bfloat16 if run.bf16 else torch.float32
         resident.take_out(model, gathered, device, dtype)
-    groups = parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=run.deepspeed)
+    parameters = parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=parameters, config=for_engine(run.deepspeed), mpu=groups
+    )
     if fill:
         resident.check_filled(model)
     if _has_fp32_masters_of_bf16(run):
@@ -137,23 +134,24 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     return engine
 
 
-def build_model(run: Run) -> TrainingModel:
+def build_model(run: Run, groups: Groups | None = None) -> TrainingModel:
     """The generator's module, under ZeRO-3 in partitions, before its weights are set.
 
-    `fill_weights` sets them.
+    `fill_weights` sets them. Of what tensor-parallel `groups` divide it has this rank's slices.
     """
     config, memory = run.config, run.config.memory
     attention = choose_attention(on_gpu=_on_gpu(), bf16=run.bf16)
     torch.manual_seed(config.run.seed)
     # A module is partitioned as soon as it is built, so no process ever holds two of them whole;
     # nothing is drawn, because all is set later.
-    with no_init_weights(), uninitialized_is_nan(), _partitioned(run.deepspeed):
+    with no_init_weights(), uninitialized_is_nan(), _partitioned(run, groups):
         vqrae = VQRAE(
             config=config.model,
             freeze_encoder=config.stage == 1,
             attention=attention,
             encoder_checkpointing=memory.encoder_checkpointing,
             decoder_checkpointing=memory.decoder_checkpointing,
+            **sliced_parts(config.model.num_embeddings, groups),
         )
         teacher, distillation = None, config.losses.distillation
         if distillation is not None:
@@ -170,11 +168,13 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
     """The discriminator's engine, or None where the recipe has no GAN.
 
     It shares batch, optimizer, clipping and precision of the JSON; its schedule starts with it.
+    Tensor-parallel groups do not divide it: it is data-parallel over all ranks, and that each image
+    counts once for every rank of a group changes no mean.
     """
     gan = run.config.losses.adversarial
     if gan is None or gan.weight == 0:
         return None
-    deepspeed_config = copy.deepcopy(run.deepspeed)
+    deepspeed_config = for_engine(run.deepspeed)
     deepspeed_config["zero_optimization"] = dict(DISCRIMINATOR_ZERO)
     if run.bf16:
         deepspeed_config["bf16"] = {"enabled": True}  # so small that its masters are always fp32
@@ -182,6 +182,8 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
     if "scheduler" in deepspeed_config:
         steps = run.schedule.total_steps - gan.first_discriminator_step
         deepspeed_config["scheduler"]["params"]["total_num_steps"] = max(steps, 1)
+    tensor_size = run.schedule.batch.tensor_size
+    deepspeed_config["train_batch_size"] *= tensor_size
     torch.manual_seed(run.config.run.seed + 1)
     discriminator = new_discriminator(gan)
     if fill:
@@ -191,28 +193,33 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
         model=discriminator,
         model_parameters=discriminator_groups(discriminator),
         config=deepspeed_config,
+        mpu=make_data_groups() if tensor_size > 1 else None,
     )
     set_learning_rate(engine, 0)
     return engine
 
 
 @torch.no_grad()
-def fill_weights(model: TrainingModel, sources: dict[str, Source]) -> None:
+def fill_weights(
+    model: TrainingModel, sources: dict[str, Source], groups: Groups | None = None
+) -> None:
     """Give every tensor its first value: from `sources` by name, else drawn anew.
 
-    Only rank 0 reads and draws; the others receive their share, below stage 3 from
-    `deepspeed.initialize`. Buffers that have no source and are not drawn keep what they were built
-    with on rank 0. Raises on all ranks together.
+    Only rank 0 reads and draws, and with `groups` the first rank of each data group, all from the
+    same random state; the others receive their share, below stage 3 from `deepspeed.initialize`.
+    Buffers that have no source and are not drawn keep what they were built with on rank 0. Raises
+    on all ranks together.
     """
     resets = dict(model.vqrae.resets())
     tensors = first_weights.stored_tensors(model)
     first_weights.poison(model, set(sources))
-    failed: Exception | None = None  # of rank 0, raised when its peers are out of the loop too
+    failed: Exception | None = None  # raised when the peers are out of the loop too
+    fills = dist.get_rank() == 0 if groups is None else groups.get_data_parallel_rank() == 0
     for module, own in tensors.items():
         watchdog.progress()
         parameters = list(module.parameters(recurse=False))
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-            if dist.get_rank() == 0 and failed is None:
+            if fills and failed is None:
                 try:
                     if module in resets and not own.keys() <= sources.keys():
                         resets[module]()
@@ -253,10 +260,17 @@ def _on_gpu() -> bool:
     return deepspeed.get_accelerator().device_name() == "cuda"
 
 
-def _partitioned(deepspeed_config: dict[str, Any]) -> contextlib.AbstractContextManager:
-    if deepspeed_config["zero_optimization"]["stage"] != 3:
+def _partitioned(run: Run, groups: Groups | None) -> contextlib.AbstractContextManager:
+    if run.deepspeed["zero_optimization"]["stage"] != 3:
         return contextlib.nullcontext()
-    return deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+    data_group = None if groups is None else groups.data
+    return deepspeed.zero.Init(
+        config_dict_or_path=for_engine(run.deepspeed), data_parallel_group=data_group, mpu=groups
+    )
+
+
+def _groups(run: Run) -> Groups | None:
+    return make_groups(run.schedule.batch.tensor_size)
 
 
 def _broadcast(buffer: Tensor) -> None:

@@ -67,7 +67,8 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
 
     config = run.config
     timeout = timedelta(minutes=config.run.collective_timeout_minutes)
-    ranks = engines.start(timeout, config.run.deterministic)
+    tensor_size = run.schedule.batch.tensor_size
+    ranks = engines.start(timeout, config.run.deterministic, tensor_size)
     with failing_together():
         Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
     index = _read_training_index(config.data)
@@ -94,7 +95,7 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     elif _needs_calibration(run):
         images = _training_batches(run, ranks, index, start=0)
         images = watchdog.watching(images, "the calibration")
-        calibrate(generator, images, config.run.calibration_images, ranks.device)
+        calibrate(generator, images, config.run.calibration_images, ranks.device, ranks.data_size)
     if pretrained is None:
         watchdog.begin("the writing of the frozen weights")
         pretrained = checkpoint.write_pretrained(run, generator)
@@ -200,8 +201,8 @@ def _training_batches(run: Run, ranks: Ranks, index: ShardIndex, *, start: int) 
         index,
         image_size=run.config.model.image_size,
         micro_batch_size=run.schedule.batch.micro_batch,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=ranks.data_rank,
+        world_size=ranks.data_size,
         seed=run.config.run.seed,
         start=start,
         num_workers=data.num_workers,

@@ -216,8 +216,8 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
         setup.validation_index,
         image_size=run.config.model.image_size,
         batch_size=run.schedule.batch.micro_batch,
-        rank=setup.ranks.rank,
-        world_size=setup.ranks.world_size,
+        rank=setup.ranks.data_rank,
+        world_size=setup.ranks.data_size,
     )
     batches = naming_rank(setup.ranks.rank, batches)
     batches = watchdog.watching(batches, f"the validation after step {step}")

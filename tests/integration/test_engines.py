@@ -23,6 +23,7 @@ LOSSES = {"perceptual": None, "adversarial": {"weight": 0.1, **GAN}}
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
 EVERY_KEY = {  # each key that config/deepspeed_schema.py calls tested, but those of OTHER_KEYS
     "gradient_clipping": 0.5,
+    "tensor_parallel": {"autotp_size": 1},  # more: tests/integration/test_tensor_parallel.py
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "bf16": {"enabled": True},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,16 @@ from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 pytestmark = pytest.mark.slow
 
 
-def make_cell(folder: Path, cell: Cell, world_size: int, lpips: Path) -> Run:
+def make_cell(
+    folder: Path,
+    cell: Cell,
+    world_size: int,
+    lpips: Path,
+    *,
+    zero_stage: int = 3,
+    tensor_size: int = 1,
+    fields: dict[str, Any] | None = None,
+) -> Run:
     losses = {
         "reconstruction": {"weight": WEIGHTS["reconstruction"]},
         "perceptual": {"weight": WEIGHTS["perceptual"], "weights": str(lpips)},
@@ -52,16 +62,23 @@ def make_cell(folder: Path, cell: Cell, world_size: int, lpips: Path) -> Run:
     policy = {"decoder_checkpointing": cell.checkpointing}
     if cell.stage == 2:
         policy["encoder_checkpointing"] = cell.checkpointing
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    zero = {"stage": zero_stage}
+    if zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0
     if cell.checkpointing == "selective":
         zero["memory_efficient_linear"] = False
     deepspeed = {
-        "train_batch_size": world_size * MICRO_BATCH * cell.accumulation,
+        "train_batch_size": world_size // tensor_size * MICRO_BATCH * cell.accumulation,
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "optimizer": {"type": cell.optimizer, "params": OPTIMIZERS[cell.optimizer]},
         "zero_optimization": zero,
+        "tensor_parallel": {"autotp_size": tensor_size},
     }
-    sections = {"memory": policy, "run": {"output_dir": str(folder / cell.name)}}
+    sections = {
+        "model": fields or {},
+        "memory": policy,
+        "run": {"output_dir": str(folder / cell.name)},
+    }
     if cell.ema:
         sections["ema"] = {"decay": EMA_DECAY}
     return make_run(
@@ -86,7 +103,9 @@ def train_with_engines(rank: int, run: Run, lpips: Path, result: Path) -> None:
 
     setup = make_setup(run, smooth_lpips(lpips))
     generator, discriminator = setup.generator, setup.discriminator
-    assert generator.module.vqrae.decoder.head.weight.numel() == 0, "it is partitioned"
+    is_partitioned = generator.module.vqrae.decoder.head.weight.numel() == 0
+    assert is_partitioned == (run.deepspeed["zero_optimization"]["stage"] == 3)
+    data_rank = rank // run.schedule.batch.tensor_size
     trainable = {n: p for n, p in generator.module.named_parameters() if p.requires_grad}
     losses, gradients, norms = [], [], []
     take_step = generator.step
@@ -100,7 +119,7 @@ def train_with_engines(rank: int, run: Run, lpips: Path, result: Path) -> None:
     accumulation = run.schedule.batch.accumulation
     for step in range(STEPS):
         for micro in range(accumulation):
-            images = images_of(10 * step + micro, rank, MICRO_BATCH)
+            images = images_of(10 * step + micro, data_rank, MICRO_BATCH)
             is_last = micro == accumulation - 1
             terms, squares = micro_step(setup, images, step, measure=is_last)
             losses.append({name: value.item() for name, value in terms.items()})

@@ -17,10 +17,10 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqrae_ds import watchdog
 from vqrae_ds.checkpoint.writing import RankWriter
@@ -33,6 +33,9 @@ from vqrae_ds.conversion.safetensors_stream import (
     write_file,
 )
 from vqrae_ds.manifest import FileRecord, frozen_file, hash_file, sync
+from vqrae_ds.parallel.groups import Groups, merge_over_group
+from vqrae_ds.parallel.marks import whole_shape
+from vqrae_ds.parallel.slices import Split, split_of
 from vqrae_ds.ranks import failing_together, from_rank_0
 from vqrae_ds.sharding import resident
 from vqrae_ds.sharding.first_weights import freed_memory_returned
@@ -45,6 +48,15 @@ logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 
+class _Weight(NamedTuple):
+    """A tensor, partitioned or whole, and the shape of the whole; `groups` divide it by `split`."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    split: Split | None
+    groups: Groups | None
+
+
 def write_pretrained(run: Run, engine: Any, known: FileRecord | None = None) -> FileRecord | None:
     """Write the run's file of frozen pretrained weights; all ranks call it, and get its record.
 
@@ -52,7 +64,7 @@ def write_pretrained(run: Run, engine: Any, known: FileRecord | None = None) -> 
     size where its record is `known`, else the weights are hashed first, and the file is read. It
     appears, synced, by a rename. An error of rank 0 is raised on all ranks together.
     """
-    weights = {n: t for n, t in _frozen(engine.module).items() if n.startswith(PRETRAINED)}
+    weights = {n: t for n, t in _frozen(engine).items() if n.startswith(PRETRAINED)}
     if not weights:
         return None
     folder = Path(run.config.run.output_dir)
@@ -86,22 +98,27 @@ def write_others(writer: RankWriter, folder: Path, engine: Any) -> None:
 
 def bytes_of_others(engine: Any) -> int:
     """What `write_others` writes on rank 0."""
-    sizes = ((math.prod(_shape(t)), t.dtype.itemsize) for t in _others(engine).values())
-    return sum(numel * itemsize for numel, itemsize in sizes)
+    weights = _others(engine).values()
+    return sum(math.prod(w.shape) * w.tensor.dtype.itemsize for w in weights)
 
 
-def _others(engine: Any) -> dict[str, Tensor]:
-    return {n: t for n, t in _frozen(engine.module).items() if not n.startswith(PRETRAINED)}
+def _others(engine: Any) -> dict[str, _Weight]:
+    return {n: t for n, t in _frozen(engine).items() if not n.startswith(PRETRAINED)}
 
 
-def _frozen(model: nn.Module) -> dict[str, Tensor]:
-    """Frozen parameters by name, partitioned or whole; in the same order on every rank."""
+def _frozen(engine: Any) -> dict[str, _Weight]:
+    """Frozen weights by name, in the same order on every rank."""
+    model, groups = engine.module, engine.mpu
     inside = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    return inside | resident.state(model)
+    found = {}
+    for name, tensor in (inside | resident.state(model)).items():
+        split = None if groups is None else split_of(name)
+        found[name] = _Weight(tensor, whole_shape(tensor), split, groups)
+    return found
 
 
 @freed_memory_returned()
-def _on_rank_0(weights: dict[str, Tensor], use: Callable[[list[StreamedTensor]], Made]) -> Made:
+def _on_rank_0(weights: dict[str, _Weight], use: Callable[[list[StreamedTensor]], Made]) -> Made:
     """What `use` makes of the weights on rank 0, on every rank.
 
     Its peers gather each weight along with it, one at a time: no rank ever holds them all.
@@ -111,7 +128,7 @@ def _on_rank_0(weights: dict[str, Tensor], use: Callable[[list[StreamedTensor]],
         for piece in next(wholes).reshape(-1).split(_PIECE_ELEMENTS):
             yield piece.cpu()
 
-    tensors = [StreamedTensor(n, _shape(t), t.dtype, pieces) for n, t in weights.items()]
+    tensors = [StreamedTensor(n, w.shape, w.tensor.dtype, pieces) for n, w in weights.items()]
     tensors = in_file_order(tensors)
     wholes = _each_whole([weights[tensor.name] for tensor in tensors])
     made = None
@@ -125,13 +142,14 @@ def _on_rank_0(weights: dict[str, Tensor], use: Callable[[list[StreamedTensor]],
     return from_rank_0(lambda: made)
 
 
-def _each_whole(weights: list[Tensor]) -> Iterator[Tensor]:
+def _each_whole(weights: list[_Weight]) -> Iterator[Tensor]:
     from vqrae_ds.engines import gathered  # deepspeed reads the environment when it is imported
 
     for weight in weights:
         watchdog.progress()
-        with gathered([weight]):
-            yield weight.detach()
+        with gathered([weight.tensor]):
+            own = weight.tensor.detach()
+            yield own if weight.split is None else merge_over_group(own, *weight[1:])
 
 
 def _publish(path: Path, tensors: list[StreamedTensor]) -> None:
@@ -153,7 +171,3 @@ def _unheard(written: int) -> None:
 
 def _has_size(path: Path, record: FileRecord) -> bool:
     return path.is_file() and path.stat().st_size == record.size
-
-
-def _shape(weight: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(weight, "ds_shape", weight.shape))

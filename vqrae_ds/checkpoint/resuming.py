@@ -69,7 +69,9 @@ def resume(
     if averages is not None:
         ema.load(averages)
     if random_state is None:
-        label = f"resume {seed} {dist.get_rank()} {state.step}"
+        # The ranks of a tensor group draw the same.
+        data_rank = dist.get_rank(generator.optimizer.dp_process_group)
+        label = f"resume {seed} {data_rank} {state.step}"
         torch.manual_seed(xxhash.xxh3_64_intdigest(label.encode()))
     else:
         _set_random_state(random_state)

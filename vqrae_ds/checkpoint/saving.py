@@ -153,7 +153,7 @@ def describe(
     run: Run, content: Content, files: dict[str, manifest.FileRecord]
 ) -> manifest.Manifest:
     """The manifest of a checkpoint that consists of `files`."""
-    packages = ("torch", "deepspeed", "transformers")
+    packages, sizes = ("torch", "deepspeed", "transformers"), run.schedule.batch
     return manifest.Manifest(
         step=content.state.step,
         stage=run.config.stage,
@@ -161,7 +161,7 @@ def describe(
         versions={package: version(package) for package in packages},
         files=files,
         frozen=content.pretrained,
-        layout=manifest.Layout(dist.get_world_size()),
+        layout=manifest.Layout(sizes.data_size, sizes.tensor_size),
     )
 
 

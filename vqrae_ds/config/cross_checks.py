@@ -1,18 +1,52 @@
-"""What the YAML, the DeepSpeed JSON and the number of ranks must agree on in the use of memory."""
+"""What the YAML, the DeepSpeed JSON and the number of ranks must agree on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from vqrae_ds.config.deepspeed_json import get
+from vqrae_ds.config.deepspeed_json import get, list_divisors
 from vqrae_ds.config.schema import TrainConfig
 
 
-def check_memory(config: TrainConfig, raw_json: Mapping[str, Any], world_size: int) -> None:
-    """Raise `ValueError` for what DeepSpeed would do wrong without a word, or would not do."""
+def check_together(config: TrainConfig, raw_json: Mapping[str, Any], world_size: int) -> None:
+    """Raise `ValueError` for what DeepSpeed would do wrong without a word, or would not do.
+
+    And where a tensor-parallel group cannot divide the model.
+    """
     _check_selective(config, raw_json)
     _check_hpz(raw_json, world_size)
+    _check_tensor_parallel(config, raw_json)
+
+
+def _check_tensor_parallel(config: TrainConfig, raw_json: Mapping[str, Any]) -> None:
+    size = get(raw_json, "tensor_parallel.autotp_size")
+    if size is None or size == 1:
+        return
+    start = f"tensor_parallel.autotp_size = {size}"
+    heads, codes = config.model.decoder.num_heads, config.model.num_embeddings
+    if heads % size:
+        raise ValueError(
+            f"{start} does not divide the {heads} heads of model.decoder.num_heads; these do: "
+            f"{list_divisors(heads, size)}"
+        )
+    if codes < size:
+        raise ValueError(
+            f"{start} is above model.num_embeddings = {codes}: each rank holds a code at least"
+        )
+    if config.model.decoder.intermediate_size < size:
+        raise ValueError(
+            f"{start} is above model.decoder.intermediate_size = "
+            f"{config.model.decoder.intermediate_size}"
+        )
+    if not config.model.use_simvq:
+        raise ValueError(
+            f"{start} needs model.use_simvq = true: the codes of moving averages are not divided"
+        )
+    if (get(raw_json, "zero_optimization.zero_hpz_partition_size") or 1) > 1:
+        raise ValueError(
+            f"{start} does not go with zero_optimization.zero_hpz_partition_size: remove one"
+        )
 
 
 def _check_selective(config: TrainConfig, raw_json: Mapping[str, Any]) -> None:

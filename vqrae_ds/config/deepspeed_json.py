@@ -30,18 +30,28 @@ DISCRIMINATOR_ZERO = {"stage": 1, "reduce_bucket_size": 5_000_000}
 
 
 class BatchArithmetic(NamedTuple):
-    """Samples: `global_batch` = `micro_batch` x `accumulation` x `world_size`."""
+    """Samples: `global_batch` = `micro_batch` x `accumulation` x `data_size`.
+
+    `world_size` ranks are `data_size` tensor-parallel groups, each of `tensor_size` ranks that see
+    the same images.
+    """
 
     global_batch: int
     micro_batch: int
     accumulation: int
     world_size: int
+    tensor_size: int = 1
+
+    @property
+    def data_size(self) -> int:
+        """Number of ranks, or groups of ranks, that see different images."""
+        return self.world_size // self.tensor_size
 
     def in_words(self) -> str:
         """The multiplication, as it is shown."""
         return (
             f"{self.global_batch} = {self.micro_batch} micro x {self.accumulation} accumulated x "
-            f"{self.world_size} ranks"
+            f"{self.data_size} {_ranks(self.tensor_size)}"
         )
 
 
@@ -91,15 +101,43 @@ def batch_arithmetic(deepspeed: Mapping[str, Any], world_size: int) -> BatchArit
             f"train_batch_size = {total} is not a multiple of train_micro_batch_size_per_gpu = "
             f"{micro}; nearest: {nearest_multiples(total, micro, 'and')}"
         )
-    accumulation, rest = divmod(micro_batches, world_size)
+    tensor_size = get(deepspeed, "tensor_parallel.autotp_size") or 1
+    data_size, rest = divmod(world_size, tensor_size)
     if rest:
-        possible = sorted(_divisors(micro_batches), key=lambda n: abs(n - world_size))[:4]
+        raise ValueError(
+            f"tensor_parallel.autotp_size = {tensor_size} does not divide the {world_size} ranks; "
+            f"these do: {list_divisors(world_size, tensor_size)}"
+        )
+    accumulation, rest = divmod(micro_batches, data_size)
+    if rest:
+        possible = sorted(_divisors(micro_batches), key=lambda n: abs(n - data_size))[:4]
         raise ValueError(
             f"train_batch_size = {total} is not a multiple of train_micro_batch_size_per_gpu x "
-            f"ranks = {micro} x {world_size}; with this micro batch it can run on "
-            f"{', '.join(map(str, sorted(possible)))} ranks"
+            f"{_ranks(tensor_size)} = {micro} x {data_size}; with this micro batch it can run on "
+            f"{', '.join(map(str, sorted(possible)))} {_ranks(tensor_size)}"
         )
-    return BatchArithmetic(total, micro, accumulation, world_size)
+    return BatchArithmetic(total, micro, accumulation, world_size, tensor_size)
+
+
+def for_engine(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without what the trainer does itself.
+
+    DeepSpeed's own tensor parallelism begins with a model that is whole on every rank.
+    """
+    copied = copy.deepcopy(dict(deepspeed))
+    copied.pop("tensor_parallel", None)
+    return copied
+
+
+def list_divisors(number: int, near: int) -> str:
+    """The divisors of `number` that are nearest to `near`, for a sentence."""
+    nearest = sorted(_divisors(number), key=lambda n: abs(n - near))[:4]
+    return ", ".join(map(str, sorted(nearest)))
+
+
+def _ranks(tensor_size: int) -> str:
+    """What data are divided among."""
+    return "ranks" if tensor_size == 1 else f"groups of {tensor_size} ranks"
 
 
 def get(section: Mapping[str, Any], name: str) -> Any:

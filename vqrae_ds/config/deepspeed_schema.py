@@ -131,6 +131,15 @@ class ZeroOptimization(Section):
     offload_optimizer: OffloadOptimizer = LEFT_OUT
 
 
+class TensorParallel(Section):
+    """Ranks that divide decoder and codebook among them, neighbours each; all see one batch.
+
+    The key is DeepSpeed's, the layers are the trainer's own: DeepSpeed is not shown the section.
+    """
+
+    autotp_size: Positive
+
+
 class DeepSpeedJson(Section):
     """The tested keys."""
 
@@ -144,6 +153,7 @@ class DeepSpeedJson(Section):
     bf16: Bf16 = LEFT_OUT
     data_types: DataTypes = LEFT_OUT
     zero_optimization: ZeroOptimization
+    tensor_parallel: TensorParallel = LEFT_OUT
 
     @model_validator(mode="after")
     def _sgd_is_allowed(self) -> DeepSpeedJson:

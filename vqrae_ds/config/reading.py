@@ -16,7 +16,7 @@ import yaml
 
 from vqrae_ds.config import deepspeed_json
 from vqrae_ds.config.checking import check, key_names, list_keys, nearest_name, show
-from vqrae_ds.config.cross_checks import check_memory
+from vqrae_ds.config.cross_checks import check_together
 from vqrae_ds.config.files import BASE, Recipe, parse_value, read_json, read_recipe
 from vqrae_ds.config.losses import LossConfig
 from vqrae_ds.config.model import ModelConfig, resolve_model
@@ -82,7 +82,7 @@ def read_run(
             _check_paths(config, resumes)
             if not resumes:
                 _check_first_weights(config)
-        check_memory(config, raw_json, world_size)
+        check_together(config, raw_json, world_size)
         schedule = _schedule(config, raw_json, world_size)
     except ValueError as error:
         raise ValueError(f"{error}{_place_in_base(str(error), raw_yaml, recipe)}") from error

@@ -197,12 +197,12 @@ def _stored_entries(path: Path) -> Iterator[TensorEntry]:
 
 
 def _layout(checkpoint: ZeroCheckpoint) -> str:
-    """Data-parallel times tensor-parallel ranks; the reader takes none of the latter above 1."""
+    """Data-parallel times tensor-parallel ranks."""
     file = checkpoint.files.optimizers[0]
     state = entry(load(file), "optimizer_state_dict", dict, file)
     # Only DeepSpeed's BF16_Optimizer leaves its stage out, and that one is ZeRO-1.
     stage = int(entry({"zero_stage": 1, **state}, "zero_stage", int, file))
-    return f"ZeRO-{stage}, dp {checkpoint.num_ranks} x tp 1"
+    return f"ZeRO-{stage}, dp {checkpoint.num_ranks} x tp {checkpoint.tensor_size}"
 
 
 def _group_files(folder: Path) -> dict[str, FileGroup]:

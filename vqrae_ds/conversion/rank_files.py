@@ -37,11 +37,20 @@ class Masters(NamedTuple):
 
 
 class Files(NamedTuple):
-    """An engine's files in the order of the ranks; `partitioned` is ZeRO-3."""
+    """An engine's files in the order of the ranks; `partitioned` is ZeRO-3.
+
+    Neighbours are the `tensor_size` ranks of a tensor-parallel group.
+    """
 
     partitioned: bool
     models: list[Path]
     optimizers: list[Path]
+    tensor_size: int = 1
+
+    def of_tensor_rank(self, rank: int) -> Files:
+        """The files of its data group alone."""
+        own = slice(rank, None, self.tensor_size)
+        return Files(self.partitioned, self.models[own], self.optimizers[own])
 
 
 def average_file(checkpoint: Path, rank: int) -> Path:
@@ -58,14 +67,17 @@ def find_files(folder: Path) -> Files:
     world_size = _world_size(state, optimizers[0])
     partitioned = "fp32_flat_groups" in state
     prefix = optimizers[0].name.partition("zero_pp_rank_")[0]
-    ranks = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(world_size)]
-    models = ranks if partitioned else ["mp_rank_00"]
+    first = folder / f"{'zero_pp_rank_0_' if partitioned else ''}mp_rank_00_model_states.pt"
+    tensor_size = _tensor_size(first)
+    slices = [f"mp_rank_{rank:02d}" for rank in range(tensor_size)]
+    ranks = [f"zero_pp_rank_{rank}_{name}" for rank in range(world_size) for name in slices]
     files = Files(
         partitioned,
-        [folder / f"{name}_model_states.pt" for name in models],
+        [folder / f"{name}_model_states.pt" for name in (ranks if partitioned else slices)],
         [folder / f"{prefix}{name}_optim_states.pt" for name in ranks],
+        tensor_size,
     )
-    _check_complete(folder, [*files.models, *files.optimizers], "*_states.pt", world_size)
+    _check_complete(folder, [*files.models, *files.optimizers], "*_states.pt", len(ranks))
     return files
 
 
@@ -88,7 +100,12 @@ def find_frozen_files(folder: Path) -> list[Path]:
 
 def read_masters(files: Files) -> list[Masters]:
     """The fp32 masters of each rank, mapped. Raises `ValueError`, naming the file."""
-    return [_read_masters(file, files) for file in files.optimizers]
+    first, data_size = files.optimizers[0], len(files.optimizers) // files.tensor_size
+    for file in files.optimizers:
+        state = entry(load(file), "optimizer_state_dict", dict, file)
+        if _world_size(state, file) != data_size:
+            raise ValueError(f"{file} is of another world size than {first.name}")
+    return [_read_masters(file, files.partitioned) for file in files.optimizers]
 
 
 def read_averages(checkpoint: Path, masters: list[Masters]) -> list[Masters]:
@@ -124,20 +141,17 @@ def _check_complete(folder: Path, expected: list[Path], pattern: str, world_size
         raise ValueError(f"{', '.join(missing)} missing: the checkpoint is of {world_size} ranks")
     if strange := sorted(str(path) for path in present - wanted):
         raise ValueError(
-            f"{', '.join(strange)} does not belong to a checkpoint of {world_size} data-parallel "
-            "ranks (and a tensor-parallel one cannot be converted)"
+            f"{', '.join(strange)} does not belong to a checkpoint of {world_size} ranks"
         )
 
 
-def _read_masters(file: Path, files: Files) -> Masters:
+def _read_masters(file: Path, partitioned: bool) -> Masters:
     state = entry(load(file), "optimizer_state_dict", dict, file)
-    if _world_size(state, file) != len(files.optimizers):
-        raise ValueError(f"{file} is of another world size than {files.optimizers[0].name}")
-    key = "fp32_flat_groups" if files.partitioned else "single_partition_of_fp32_groups"
+    key = "fp32_flat_groups" if partitioned else "single_partition_of_fp32_groups"
     flats = entry(state, key, list, file)
     if not all(isinstance(flat, torch.Tensor) and flat.ndim == 1 for flat in flats):
         raise ValueError(f"{file} has more than flat vectors in {key!r}")
-    if files.partitioned:
+    if partitioned:
         return Masters(flats, [])
     mappings = entry(state, "param_slice_mappings", list, file)
     addresses = [{n: Address(a.start, a.numel) for n, a in group.items()} for group in mappings]
@@ -146,6 +160,13 @@ def _read_masters(file: Path, files: Files) -> Masters:
             if not 0 <= address.start <= address.start + address.numel <= flat.numel():
                 raise ValueError(f"{file} is too short for its part of {name}")
     return Masters(flats, addresses)
+
+
+def _tensor_size(file: Path) -> int:
+    """How many tensor ranks wrote, as the first rank's model file says; 1 where it is not there,
+    which is told later on."""
+    state = load(file) if file.is_file() else {}
+    return entry(state, "mp_world_size", int, file) if "mp_world_size" in state else 1
 
 
 def _world_size(state: dict[str, Any], file: Path) -> int:

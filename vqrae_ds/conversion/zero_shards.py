@@ -4,6 +4,7 @@ ZeRO-3 cuts every tensor into one share per rank, the last ones padded: a frozen
 fragment in each `*_model_states.pt`, a trained one a stretch of a flat fp32 vector in each
 `*_optim_states.pt`. ZeRO-1 and 2 keep the whole module in one `mp_rank_00_model_states.pt`, and lay
 the fp32 masters of a parameter group end to end in one vector that is cut at the ranks' borders.
+With tensor parallelism all of that is there once for each tensor rank, of its slices.
 
 Beside DeepSpeed's files may lie two kinds of the trainer's own: a moving average of each rank's
 masters in the step folder, in the layout of the masters, and frozen weights, whole, in safetensors.
@@ -13,15 +14,13 @@ Then DeepSpeed's files have none. All files are mapped, not loaded.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, NamedTuple
 
 import torch
 
-from vqrae_ds.conversion.rank_checks import check_addresses, check_same_step, check_stored
+from vqrae_ds.conversion.merged_spans import MergedSpans, merged_info
+from vqrae_ds.conversion.rank_checks import check_same_step, check_stored
 from vqrae_ds.conversion.rank_files import (
     Masters,
     entry,
@@ -32,20 +31,14 @@ from vqrae_ds.conversion.rank_files import (
     read_averages,
     read_masters,
 )
+from vqrae_ds.conversion.rank_slice import RankSlice, Span, TensorInfo, check_all_addresses
+from vqrae_ds.parallel.slices import Place, own_slice, split_of
 
-Kind = Literal["trainable", "frozen", "buffer"]
-
-
-class TensorInfo(NamedTuple):
-    """Shape and dtype as stored, and the role of a tensor in the module."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    kind: Kind
+_PIECE_ELEMENTS = 1 << 20
 
 
 class ZeroCheckpoint:
-    """The tensors in one engine's checkpoint folder; any world size, ZeRO stage 1, 2 or 3.
+    """The tensors in one engine's checkpoint folder; any layout, ZeRO stage 1, 2 or 3.
 
     `tensors` maps a name to its `TensorInfo`: fp32 masters of the trained parameters, frozen
     parameters in the dtype they were trained beside, and the persistent buffers of rank 0.
@@ -53,6 +46,8 @@ class ZeroCheckpoint:
     further ones to the first. With `averages` the moving averages in the step folder above take the
     place of the masters. `files` are the ranks' files, `step` is the number of steps that the
     engine had made, `deepspeed_version` wrote it.
+
+    Of a tensor that a tensor-parallel group divides the whole is read, unless `sliced` was called.
 
     Every element of a tensor is read once, and in order: under ZeRO-3 the shares follow each other
     without a gap to the end of each rank's vector, below it `check_addresses` says so.
@@ -63,30 +58,21 @@ class ZeroCheckpoint:
 
     def __init__(self, folder: Path, *, averages: bool = False) -> None:
         self.folder = Path(folder)
-        self.tensors: dict[str, TensorInfo] = {}
-        self._spans: dict[str, list[_Span]] = {}
-        files = find_files(self.folder)
+        self.files = files = find_files(self.folder)
         self.step = check_same_step(files)
         masters = read_masters(files)
-        check_addresses(masters, files.optimizers)
-        if averages:
-            masters = read_averages(self.folder.parent, masters)
+        check_all_addresses(masters, files)
+        self.masters = read_averages(self.folder.parent, masters) if averages else masters
         state = load(files.models[0])
         self.deepspeed_version = str(state.get("ds_version", "unknown"))
-        module = entry(state, "module", dict, files.models[0])
-        for name in entry(state, "buffer_names", list, files.models[0]):
-            self._add_whole(name, "buffer", entry(module, name, torch.Tensor, files.models[0]))
-        shared = entry(state, "shared_params", dict, files.models[0])
-        self.files, self.masters, self.aliases = files, masters, shared
-        self._groups = entry(state, "param_shapes", list, files.models[0])
-        self._add_trained(masters)
-        if files.partitioned:
-            self._add_frozen_shares(files.models)
-        else:
-            self._add_frozen_whole(module, shared)
-        for path in find_frozen_files(self.folder):
-            self._add_frozen_file(path)
-        self._add_aliases()
+        self.aliases = entry(state, "shared_params", dict, files.models[0])
+        self._slices = [
+            RankSlice(self.folder, files.of_tensor_rank(rank), self._masters_of(rank))
+            for rank in range(files.tensor_size)
+        ]
+        self._frozen = self._read_frozen_files()
+        self._slice_of: tuple[ZeroCheckpoint, Place] | None = None
+        self._collect()
 
     def beside(self, vectors: list[Masters]) -> ZeroCheckpoint:
         """The same checkpoint with other vectors of each rank in the place of its masters.
@@ -95,18 +81,36 @@ class ZeroCheckpoint:
         Raises `ValueError`, naming the file of the masters, where one is too short or too long.
         """
         other = copy.copy(self)
-        other.masters, other.tensors, other._spans = vectors, {**self.tensors}, {**self._spans}
-        other._add_trained(vectors)
-        other._add_aliases()
+        other.masters = vectors
+        other._slices = [s.beside(other._masters_of(r)) for r, s in enumerate(self._slices)]
+        other._collect()
         return other
 
     def averages(self) -> ZeroCheckpoint:
         """The same with the moving averages. Raises `ValueError` as `read_averages` does."""
+        if self._slice_of is not None:  # their files are counted over all ranks
+            whole, place = self._slice_of
+            return whole.averages().sliced(place)
         return self.beside(read_averages(self.folder.parent, self.masters))
+
+    def sliced(self, place: Place) -> ZeroCheckpoint:
+        """What the tensor rank at `place` holds. `place.size` is the number of those that wrote."""
+        assert place.size == self.tensor_size
+        other = copy.copy(self)
+        other._slice_of = (self, place)
+        other.files = self.files.of_tensor_rank(place.rank)
+        other.masters = self._masters_of(place.rank)
+        other._slices = [self._slices[place.rank]]
+        other._frozen = {}
+        for name, tensor in self._frozen.items():
+            split = split_of(name)
+            other._frozen[name] = tensor if split is None else own_slice(tensor, split, place)
+        other._collect()
+        return other
 
     def groups(self) -> list[list[str]]:
         """Names of the trained parameters by group (ZeRO-3: sub-group), a vector of a rank each."""
-        return [list(members) for members in self._groups]
+        return [list(members) for members in self._slices[0].groups]
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The elements of `name` in order, as flat views of the mapped files, without padding."""
@@ -137,7 +141,7 @@ class ZeroCheckpoint:
     @property
     def num_ranks(self) -> int:
         """How many data-parallel ranks wrote it."""
-        return len(self.files.optimizers)
+        return len(self.files.optimizers) // self.tensor_size
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -151,111 +155,41 @@ class ZeroCheckpoint:
         """Where one tensor lies, to name it in a message: most are spread over the folder."""
         return self.folder
 
-    def _add(self, name: str, shape: Sequence[int], kind: Kind, spans: list[_Span]) -> None:
-        for span in spans:
-            check_stored(name, span.tensor, self.folder)
-        found = sum(span.numel for span in spans)
-        if found != math.prod(shape):
-            raise ValueError(
-                f"{self.folder}: {name} is {tuple(shape)}, its ranks hold {found} elements"
-            )
-        dtypes = {span.tensor.dtype for span in spans}
-        if len(dtypes) != 1:
-            raise ValueError(f"{self.folder}: the ranks hold {name} in different dtypes {dtypes}")
-        self.tensors[name] = TensorInfo(tuple(shape), dtypes.pop(), kind)
-        self._spans[name] = spans
+    @property
+    def tensor_size(self) -> int:
+        """How many tensor ranks hold slices; 1 for what `sliced` gives."""
+        return self.files.tensor_size
 
-    def _add_whole(self, name: str, kind: Kind, tensor: torch.Tensor) -> None:
-        self._add(name, tensor.shape, kind, [_Span(tensor, 0, tensor.numel())])
+    def _masters_of(self, tensor_rank: int) -> list[Masters]:
+        return self.masters[tensor_rank :: self.tensor_size]
 
-    def _add_trained(self, masters: list[Masters]) -> None:
-        """What lies in the ranks' flat vectors; each group has shapes by name, in their order."""
-        groups, files = self._groups, self.files.optimizers
-        for rank, file in zip(masters, files, strict=True):
-            if len(rank.flats) != len(groups):
-                raise ValueError(f"{file} holds {len(rank.flats)} groups, the model {len(groups)}")
-        for group, members in enumerate(groups):
-            if self.files.partitioned:
-                flats = [rank.flats[group] for rank in masters]
-                self._add_trained_shares(members, flats, files)
-                continue
-            for name, shape in members.items():
-                spans = [
-                    _Span(rank.flats[group], *rank.addresses[group][name])
-                    for rank in masters
-                    if name in rank.addresses[group]
-                ]
-                self._add(name, shape, "trainable", spans)
-
-    def _add_trained_shares(
-        self, members: dict[str, Sequence[int]], flats: list[torch.Tensor], files: list[Path]
-    ) -> None:
-        """ZeRO-3: each rank's vector holds its share of the first member, of the second, ..."""
-        start = 0
-        for name, shape in members.items():
-            self._add(name, shape, "trainable", _shares(flats, start, math.prod(shape)))
-            start += _share_numel(shape, len(flats))
-        for flat, file in zip(flats, files, strict=True):
-            if flat.numel() != start:
-                raise ValueError(f"{file} holds a group of {flat.numel()} elements, not {start}")
-
-    def _add_frozen_shares(self, files: list[Path]) -> None:
-        """ZeRO-3: one fragment per rank and frozen parameter; the ranks must agree on the model.
-
-        Where DeepSpeed was told to leave them out it wrote None for both.
-        """
-        agreed, fragments = None, []
-        for file in files:
-            state = load(file)
-            shapes = entry(state, "frozen_param_shapes", (dict, NoneType), file) or {}
-            step = entry(state, "global_steps", int, file)
-            claim = (entry(state, "param_shapes", list, file), shapes, step)
-            agreed = agreed or claim
-            if claim != agreed:
-                raise ValueError(f"{file} belongs to another model or step than {files[0].name}")
-            fragments.append(entry(state, "frozen_param_fragments", (dict, NoneType), file) or {})
-            for name, shape in shapes.items():
-                fragment = fragments[-1].get(name)
-                found = fragment.numel() if isinstance(fragment, torch.Tensor) else 0
-                share = _share_numel(shape, len(files))
-                if found != share:
-                    raise ValueError(f"{file} holds {found} elements of {name}, not {share}")
-        for name, shape in agreed[1].items():
-            parts = [rank[name] for rank in fragments]
-            self._add(name, shape, "frozen", _shares(parts, 0, math.prod(shape)))
-
-    def _add_frozen_whole(self, module: dict[str, Any], shared: dict[str, str]) -> None:
-        """ZeRO-1 and 2: what is left in the module after buffers, trained and shared parameters."""
-        known = self.tensors.keys() | shared.keys()
-        for name, tensor in module.items():
-            if name not in known and isinstance(tensor, torch.Tensor):
-                self._add_whole(name, "frozen", tensor)
-
-    def _add_aliases(self) -> None:
+    def _collect(self) -> None:
+        """Names and places of all tensors, from slices and files, those with several names last."""
+        self.tensors: dict[str, TensorInfo] = {}
+        self._spans: dict[str, Iterable[Span]] = {}
+        first = self._slices[0]
+        for rank, other in enumerate(self._slices):
+            if other.tensors.keys() != first.tensors.keys():
+                raise ValueError(f"{self.folder}: tensor rank {rank} holds other tensors than 0")
+        for name, info in first.tensors.items():
+            split = split_of(name) if self.tensor_size > 1 else None
+            self.tensors[name], self._spans[name] = info, first.spans[name]
+            if split is not None:
+                self.tensors[name] = info = merged_info(name, self._slices, split, self.folder)
+                by_rank = [each.spans[name] for each in self._slices]
+                self._spans[name] = MergedSpans(by_rank, info.shape, split)
+        for name, tensor in self._frozen.items():
+            self.tensors[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, "frozen")
+            self._spans[name] = [Span(tensor, 0, tensor.numel())]
         for alias, name in self.aliases.items():
             self.tensors[alias], self._spans[alias] = self.tensors[name], self._spans[name]
 
-    def _add_frozen_file(self, path: Path) -> None:
-        for name, tensor in load_safetensors(path).items():
-            if name in self.tensors:
-                raise ValueError(f"{path} holds {name}, and so do other files of {self.folder}")
-            self._add_whole(name, "frozen", tensor)
-
-
-class _Span(NamedTuple):
-    """`numel` elements of a mapped tensor from `start` on."""
-
-    tensor: torch.Tensor
-    start: int
-    numel: int
-
-
-def _share_numel(shape: Sequence[int], world_size: int) -> int:
-    return -(-math.prod(shape) // world_size)
-
-
-def _shares(tensors: list[torch.Tensor], start: int, numel: int) -> list[_Span]:
-    """Equal shares of a tensor of `numel` elements, one a rank, cut where the padding begins."""
-    share = _share_numel([numel], len(tensors))
-    left = (numel - rank * share for rank in range(len(tensors)))
-    return [_Span(t, start, min(max(n, 0), share)) for t, n in zip(tensors, left, strict=True)]
+    def _read_frozen_files(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for path in find_frozen_files(self.folder):
+            for name, tensor in load_safetensors(path).items():
+                if name in found or name in self._slices[0].tensors:
+                    raise ValueError(f"{path} holds {name}, and so do other files of {self.folder}")
+                check_stored(name, tensor, self.folder)
+                found[name] = tensor
+        return found

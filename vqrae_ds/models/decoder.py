@@ -11,6 +11,7 @@ q x q pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,22 @@ NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
 NORM_EPS = 1e-6
 
 
+class Layers(NamedTuple):
+    """What makes the layers that a tensor-parallel group may divide; each fits the default's call.
+
+    `qkv` and `column` may keep some of their outputs on this rank alone, `row` then takes these as
+    its inputs, and gives whole outputs. `head_norm` is the norm of queries and keys, a head each.
+    """
+
+    qkv: Callable[[int, int], nn.Module] = nn.Linear
+    column: Callable[[int, int], nn.Module] = nn.Linear
+    row: Callable[[int, int], nn.Module] = nn.Linear
+    head_norm: Callable[[int, float], nn.Module] = nn.RMSNorm
+
+
+WHOLE = Layers()  # in a single process
+
+
 class DecoderOutput(NamedTuple):
     """`patches_BhwP` become images by `unpatchify`; `hidden_BND` is what the head made them of."""
 
@@ -36,18 +53,18 @@ class DecoderOutput(NamedTuple):
 class Attention(nn.Module):
     """Multi-head self-attention without a mask."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layers: Layers = WHOLE) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        head_size = config.hidden_size // config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_norm = nn.RMSNorm(head_size, NORM_EPS) if config.use_qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_size, NORM_EPS) if config.use_qk_norm else nn.Identity()
+        width, self.head_size = config.hidden_size, config.hidden_size // config.num_heads
+        norm = layers.head_norm if config.use_qk_norm else nn.Identity
+        self.qkv = layers.qkv(width, 3 * width)
+        self.proj = layers.row(width, width)
+        self.q_norm = norm(self.head_size, NORM_EPS)
+        self.k_norm = norm(self.head_size, NORM_EPS)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         qkv = rearrange(
-            self.qkv(x_BND), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+            self.qkv(x_BND), "b n (three h d) -> three b h n d", three=3, d=self.head_size
         )
         q_BHNd, k_BHNd, v_BHNd = qkv
         q_BHNd, k_BHNd = self.q_norm(q_BHNd), self.k_norm(k_BHNd)
@@ -58,10 +75,10 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with GELU between."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layers: Layers = WHOLE) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = layers.column(config.hidden_size, config.intermediate_size)
+        self.fc2 = layers.row(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_BND)))
@@ -86,14 +103,14 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """x + scale * attention(norm(x)), then x + scale * mlp(norm(x))."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layers: Layers = WHOLE) -> None:
         super().__init__()
         width, norm = config.hidden_size, NORMS[config.norm_type]
         self.norm1 = norm(width, NORM_EPS)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layers)
         self.scale1 = LayerScale(width, config.layer_scale_init_value)
         self.norm2 = norm(width, NORM_EPS)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, layers)
         self.scale2 = LayerScale(width, config.layer_scale_init_value)
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -129,7 +146,7 @@ class Decoder(nn.Module):
 
     `config` has every field set (`resolve_model`), `side` is the side of the grid that the position
     embedding is learned on, and `patch_size` that of a patch of the output in pixels. In training
-    mode the blocks keep for the backward pass what `checkpointing` says.
+    mode the blocks keep for the backward pass what `checkpointing` says. They are made of `layers`.
     """
 
     def __init__(
@@ -138,11 +155,12 @@ class Decoder(nn.Module):
         side: int,
         patch_size: int,
         checkpointing: Checkpointing = "none",
+        layers: Layers = WHOLE,
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         self.position = PositionEmbedding(side, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.num_layers))
         self.norm = NORMS[config.norm_type](config.hidden_size, NORM_EPS)
         self.head = PixelHead(config.hidden_size, 3 * patch_size**2)
 

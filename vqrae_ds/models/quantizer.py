@@ -77,6 +77,10 @@ class Quantizer(nn.Module):
         """The codes (*indices.shape, D) at indices inside the codebook."""
         raise NotImplementedError
 
+    def searched_codes(self) -> Tensor:
+        """The codes (K, D) that `search` is given: all, or those that this rank holds."""
+        return self.codes_at(torch.arange(self.num_embeddings, device=self.code_counts.device))
+
     def loss(self, z_BND: Tensor, code_BND: Tensor) -> Tensor:
         """The quantiser's loss, a fp32 scalar."""
         raise NotImplementedError
@@ -119,8 +123,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def find_codes(self, z_BND: Tensor) -> Tensor:
         """Indices (B, N) int64 of the nearest codes, counted for the statistics."""
-        codes_KD = self.codes_at(torch.arange(self.num_embeddings, device=z_BND.device))
-        indices_BN = self.search(z_BND.flatten(0, 1), codes_KD).view(z_BND.shape[:2])
+        found_N = self.search(z_BND.flatten(0, 1), self.searched_codes())
+        indices_BN = found_N.view(z_BND.shape[:2])
         found = indices_BN.flatten()
         self.code_counts.index_add_(0, found, torch.ones_like(found))
         return indices_BN

@@ -8,6 +8,8 @@ Shapes: B batch, N tokens, D embedding dimension, K codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,10 @@ PROJECTION_INITS = ("linear", "identity", "orthogonal")
 
 
 class FrozenCodebook(nn.Embedding):
-    """K random vectors with components from N(0, 1 / D), never trained."""
+    """K random vectors with components from N(0, 1 / D), never trained.
+
+    A rank of a tensor-parallel group may hold some of them only: `forward` gives any of all.
+    """
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__(num_embeddings, embedding_dim)
@@ -27,6 +32,15 @@ class FrozenCodebook(nn.Embedding):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+    def forward(self, indices: Tensor | None = None) -> Tensor:
+        """The vectors (*indices.shape, D), or all that are held here."""
+        if indices is None:
+            indices = torch.arange(self.num_embeddings, device=self.weight.device)
+        return super().forward(indices)
+
+
+Codebook = Callable[[int, int], FrozenCodebook]  # (num_embeddings, embedding_dim)
 
 
 class CodebookProjection(nn.Linear):
@@ -66,7 +80,7 @@ class SimVQ(Quantizer):
         legacy=False  commitment_cost * mse(z, sg(q)) + mse(q, sg(z))
 
     `bias` and `projection_init` are those of the projection (see `CodebookProjection`; `ValueError`
-    for an unknown one). `search` finds the nearest codes.
+    for an unknown one). `search` finds the nearest codes, `codebook` makes what holds the vectors.
     """
 
     def __init__(
@@ -79,16 +93,20 @@ class SimVQ(Quantizer):
         bias: bool = True,
         projection_init: str = "linear",
         search: Search = nearest_code,
+        codebook: Codebook = FrozenCodebook,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, search)
         self.commitment_cost, self.legacy = commitment_cost, legacy
-        self.embedding = FrozenCodebook(num_embeddings, embedding_dim)
+        self.embedding = codebook(num_embeddings, embedding_dim)
         self.embedding_proj = CodebookProjection(embedding_dim, bias=bias, init=projection_init)
 
     def codes_at(self, indices: Tensor) -> Tensor:
         """The projected codes (*indices.shape, D) at indices inside the codebook."""
         # Weights are reached by calling their module: a sharded one holds them only while it runs.
         return self.embedding_proj(self.embedding(indices))
+
+    def searched_codes(self) -> Tensor:
+        return self.embedding_proj(self.embedding())
 
     def loss(self, z_BND: Tensor, code_BND: Tensor) -> Tensor:
         """Both sides of the distance between tokens and codes; see the class."""

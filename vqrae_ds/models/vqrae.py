@@ -29,11 +29,11 @@ from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.config.checking import check
 from vqrae_ds.config.files import read_json
 from vqrae_ds.models.activation_checkpointing import Checkpointing
-from vqrae_ds.models.decoder import Decoder, unpatchify
+from vqrae_ds.models.decoder import WHOLE, Decoder, Layers, unpatchify
 from vqrae_ds.models.ema_codebook import EMACodebook
 from vqrae_ds.models.encoders import build_encoder, check_images
 from vqrae_ds.models.quantizer import Quantizer, Search
-from vqrae_ds.models.simvq import SimVQ
+from vqrae_ds.models.simvq import Codebook, FrozenCodebook, SimVQ
 from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, weight_files
 from vqrae_ds.ops.nearest_code import nearest_code
 
@@ -85,8 +85,9 @@ class VQRAE(nn.Module):
     loaded into the encoder; all else is random: `from_pretrained` loads a whole model. `options`
     are the other fields of `ModelConfig`, and `config` stands for all of them. `freeze_encoder`
     runs the encoder without gradient. `attention` is the transformers library's name of the
-    encoder's attention implementation, `search` finds the nearest codes. In training mode the
-    blocks keep for the backward pass what the checkpointings say; a frozen encoder has none.
+    encoder's attention implementation, `search` finds the nearest codes, and of `codebook` and
+    `layers` quantiser and decoder are made. In training mode the blocks keep for the backward pass
+    what the checkpointings say; a frozen encoder has none.
 
     Raises `ValueError` for a field that is unknown or does not fit, and for weights that do not.
     """
@@ -102,6 +103,8 @@ class VQRAE(nn.Module):
         config: ModelConfig | None = None,
         attention: str = "sdpa",
         search: Search = nearest_code,
+        codebook: Codebook = FrozenCodebook,
+        layers: Layers = WHOLE,
         encoder_checkpointing: Checkpointing = "none",
         decoder_checkpointing: Checkpointing = "none",
         **options: Any,
@@ -132,10 +135,14 @@ class VQRAE(nn.Module):
         decoder_width = config.decoder.hidden_size
         self.standardize = _standardization(config.standardization, width)
         self.in_proj = nn.Linear(width, dim) if config.use_projections else nn.Identity()
-        self.quantizer = _quantizer(config, search)
+        self.quantizer = _quantizer(config, search, codebook)
         self.out_proj = nn.Linear(dim, decoder_width) if config.use_projections else nn.Identity()
         self.decoder = Decoder(
-            config.decoder, config.grid_side, config.output_patch_size, decoder_checkpointing
+            config.decoder,
+            config.grid_side,
+            config.output_patch_size,
+            decoder_checkpointing,
+            layers,
         )
 
     def forward(self, images_B3HW: Tensor) -> VQRAEOutput:
@@ -246,7 +253,7 @@ def _standardization(kind: str, width: int) -> nn.Module:
     return nn.Identity() if kind == "none" else nn.LayerNorm(width, elementwise_affine=False)
 
 
-def _quantizer(config: ModelConfig, search: Search) -> Quantizer:
+def _quantizer(config: ModelConfig, search: Search, codebook: Codebook) -> Quantizer:
     size = (config.num_embeddings, config.embedding_dim, config.commitment_cost)
     if not config.use_simvq:
         return EMACodebook(*size, config.ema_decay, search=search)
@@ -256,6 +263,7 @@ def _quantizer(config: ModelConfig, search: Search) -> Quantizer:
         bias=config.codebook_projection_bias,
         projection_init=config.codebook_projection_init,
         search=search,
+        codebook=codebook,
     )
 
 

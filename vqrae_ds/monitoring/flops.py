@@ -42,6 +42,11 @@ def flops_per_image(run: Run) -> float:
     return float(flops)
 
 
+def encoder_flops(run: Run) -> float:
+    """FLOPs of one pass of the encoder over an image."""
+    return float(_patch_embedding(run.config.model) + _encoder_blocks(run.config.model))
+
+
 def _linear(tokens: int, width_in: int, width_out: int) -> int:
     return 2 * tokens * width_in * width_out
 

@@ -103,6 +103,8 @@ class Monitor:
         """
         largest = dict(largest or {})
         counts_K = self.window.counts()
+        if dist.get_rank() % self.run.schedule.batch.tensor_size:  # counted by the group's first
+            counts_K.zero_()
         vectors = self._terms.vectors() | {CODES: counts_K}
         vectors |= {GRADIENT + part: s.reshape(1) for part, s in self._gradients.items()}
         own = self._throughput.of_this_rank(counts_K.device)

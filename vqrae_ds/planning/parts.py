@@ -12,6 +12,7 @@ from vqrae_ds.config import LossConfig, ModelConfig, Run
 from vqrae_ds.config.deepspeed_json import get
 from vqrae_ds.models.discriminator import build_discriminator
 from vqrae_ds.models.vqrae import VQRAE
+from vqrae_ds.parallel.slices import Place, own_shape, split_of
 
 VGG16_CONVOLUTIONS, LPIPS_HEADS = 14_714_688, 64 + 128 + 256 + 512 + 512
 CONVNEXT_S = 50_223_688
@@ -31,6 +32,12 @@ class Part(NamedTuple):
     kind: Literal["trained", "frozen", "buffers"]
     engine: Engine
     what: str
+    own: int | None = None  # of `count` on each rank, where a tensor-parallel group divides them
+
+    @property
+    def held(self) -> int:
+        """What a rank holds before ZeRO divides it."""
+        return self.count if self.own is None else self.own
 
 
 class Plan(NamedTuple):
@@ -46,13 +53,18 @@ class Plan(NamedTuple):
         """The number of parameters that are `trained` or `frozen`."""
         return sum(part.count for part in self.parts if part.kind == kind)
 
+    @property
+    def tensor_size(self) -> int:
+        """Ranks of a tensor-parallel group."""
+        return self.run.schedule.batch.tensor_size
+
 
 def plan(run: Run) -> Plan:
     """The plan of a run; `read_run(..., check_paths=False)` reads one without data and weights."""
     config = run.config
     with torch.device("meta"):
         vqrae = VQRAE(config=config.model, freeze_encoder=config.stage == 1)
-    parts = _parts_of_vqrae(vqrae, config.model)
+    parts = _parts_of_vqrae(vqrae, config.model, run.schedule.batch.tensor_size)
     if config.losses.distillation is not None:  # with a weight of 0 it serves validation
         teacher = Part("teacher", parts[0].count, "frozen", "generator", "the encoder as it began")
         parts.insert(1, teacher)
@@ -103,7 +115,7 @@ def _parts_of_losses(losses: LossConfig) -> list[Part]:
     return parts
 
 
-def _parts_of_vqrae(vqrae: VQRAE, config: ModelConfig) -> list[Part]:
+def _parts_of_vqrae(vqrae: VQRAE, config: ModelConfig, tensor_size: int) -> list[Part]:
     shape, decoder = config.encoder_shape, config.decoder
     cut = shape.num_hidden_layers - config.feature_layer
     rest = f" ({cut} more in the checkpoint are not built)" if cut else ""
@@ -135,7 +147,8 @@ def _parts_of_vqrae(vqrae: VQRAE, config: ModelConfig) -> list[Part]:
         own = {n: p for n, p in parameters.items() if n.startswith(prefixes)}
         if own:
             kind = "trained" if any(p.requires_grad for p in own.values()) else "frozen"
-            parts.append(Part(name, _count(own), kind, "generator", what))
+            held = _held(own, tensor_size) if tensor_size > 1 else None
+            parts.append(Part(name, _count(own), kind, "generator", what, held))
     assert sum(part.count for part in parts) == _count(parameters), "each belongs to one part"
     buffers = {n: b for n, b in vqrae.named_buffers() if b.is_floating_point()}
     what = "mean and scale of the features" if config.standardization == "calibrated" else ""
@@ -148,6 +161,16 @@ def _parts_of_vqrae(vqrae: VQRAE, config: ModelConfig) -> list[Part]:
 
 def _count(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _held(parameters: Mapping[str, torch.Tensor], tensor_size: int) -> int:
+    """Values on the first rank of a tensor-parallel group, which holds no fewer than the others."""
+    first, held = Place(0, tensor_size), 0
+    for name, parameter in parameters.items():
+        split = split_of(name)
+        shape = parameter.shape if split is None else own_shape(parameter.shape, split, first)
+        held += torch.Size(shape).numel()
+    return held
 
 
 def _note_on_the_encoder(vqrae: nn.Module, config: ModelConfig) -> str:

@@ -15,6 +15,7 @@ from vqrae_ds.planning.parts import Plan
 from vqrae_ds.planning.states import (
     FP32,
     GB,
+    data_gpus,
     is_offloaded,
     parameter_bytes,
     state_bytes,
@@ -59,7 +60,7 @@ class Row(NamedTuple):
 def peak_bytes(plan: Plan, gpus: int) -> Peak:
     """The predicted peak of a step on each of `gpus` GPUs, one rank on each."""
     states = sum(state_bytes(plan, gpus))
-    ema = 0.0 if is_offloaded(plan.run.deepspeed) else _average_bytes(plan) / gpus
+    ema = 0.0 if is_offloaded(plan.run.deepspeed) else _average_bytes(plan) / data_gpus(plan, gpus)
     micro_step = (gathered_bytes(plan), bucket_bytes(plan), activations(plan.run).most)
     update = update_bytes(plan, gpus)
     total = states + ema + max(sum(micro_step), update)
@@ -76,8 +77,8 @@ def update_bytes(plan: Plan, gpus: int) -> float:
     if is_offloaded(deepspeed):
         return 0.0
     stage = zero_stage(deepspeed)
-    trained = [p.count for p in plan.parts if p.engine == "generator" and p.kind == "trained"]
-    largest = max(trained) / gpus
+    trained = [p.held for p in plan.parts if p.engine == "generator" and p.kind == "trained"]
+    largest = max(trained) / data_gpus(plan, gpus)
     if stage == 3:
         largest = min(largest, _option(deepspeed, "sub_group_size"))
     return 2 * largest * parameter_bytes(deepspeed, stage).master
@@ -94,7 +95,8 @@ def host_bytes(plan: Plan) -> float:
     deepspeed = plan.run.deepspeed
     size = parameter_bytes(deepspeed, zero_stage(deepspeed))
     trained = _trained(plan)
-    return trained * (2 * size.gradient + size.master + size.optimizer) + _average_bytes(plan)
+    values = trained * (2 * size.gradient + size.master + size.optimizer) + _average_bytes(plan)
+    return plan.tensor_size * values
 
 
 def gathered_bytes(plan: Plan) -> float:
@@ -122,7 +124,7 @@ def gathered_bytes(plan: Plan) -> float:
             "decoder": memory.decoder_checkpointing,
         }
         whole = sum(
-            part.count
+            part.held
             for part in plan.parts
             if part.kind == "trained" and policies.get(part.name) == "none"
         )
@@ -184,7 +186,9 @@ def gathered_a_micro_step(plan: Plan, gpus: int) -> str:
         return start + "nothing, it is resident"
     size = part.count * value_size(plan.run) / GB
     node = _option(plan.run.deepspeed, "zero_hpz_partition_size")
-    group, where = (node, "inside the node") if node > 1 else (gpus, "from all GPUs")
+    everywhere = "from all GPUs" if plan.tensor_size == 1 else "from a data group"
+    group = data_gpus(plan, gpus)
+    group, where = (node, "inside the node") if node > 1 else (group, everywhere)
     others = size * (group - 1) / group
     return f"{start}{size:.1f} GB {where}, {others:.1f} GB of it from other GPUs"
 
@@ -209,13 +213,13 @@ def _option(deepspeed: Mapping[str, Any], name: str) -> Any:
 def _trained(plan: Plan) -> int:
     """Parameters that the generator's engine trains."""
     own = (p for p in plan.parts if p.engine == "generator")
-    return sum(part.count for part in own if part.kind == "trained")
+    return sum(part.held for part in own if part.kind == "trained")
 
 
 def _in_engine(plan: Plan) -> int:
     """Parameters that the generator's engine divides, trained or frozen."""
     own = (p for p in plan.parts if p.engine == "generator")
-    return sum(part.count for part in own if part.kind != "buffers")
+    return sum(part.held for part in own if part.kind != "buffers")
 
 
 def _average_bytes(plan: Plan) -> float:

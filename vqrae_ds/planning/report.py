@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vqrae_ds.config.deepspeed_json import batch_arithmetic
+from vqrae_ds.monitoring.flops import encoder_flops
 from vqrae_ds.planning.parts import Plan
 from vqrae_ds.planning.peak import (
     Peak,
@@ -17,6 +18,7 @@ from vqrae_ds.planning.peak import (
 from vqrae_ds.planning.states import (
     BF16,
     GB,
+    data_gpus,
     is_offloaded,
     parameter_bytes,
     state_bytes,
@@ -56,7 +58,8 @@ def describe_plan(plan: Plan, gpus: int, gpu_memory: float) -> str:
         *([plan.note] if plan.note else []),
         "",
         f"bytes a trained parameter: {_describe_bytes(plan.run.deepspeed)}",
-        f"ZeRO-{stage} divides {DIVIDED[stage]} by {gpus}",
+        f"ZeRO-{stage} divides {DIVIDED[stage]} by {data_gpus(plan, gpus)}",
+        *_repeated_encoder(plan, gpus),
         f"model states {total:.1f} GB of {gpu_memory:g} GB a GPU, of which the generator "
         f"{generator / GB:.1f} (GB = 10^9 bytes)",
         "",
@@ -80,6 +83,26 @@ def _peak_in_words(plan: Plan, gpus: int, gpu_memory: float) -> list[str]:
     verb = "fits" if fits else "does not fit"
     lines.append(f"the peak of {peak.total / GB:.1f} GB {verb} into {gpu_memory:g} GB a GPU")
     return lines if fits else [*lines, _way_out(plan, peak, gpu_memory)]
+
+
+def _repeated_encoder(plan: Plan, gpus: int) -> list[str]:
+    """What it costs that every rank of a tensor-parallel group has the encoder, and runs it."""
+    size = plan.tensor_size
+    if size == 1:
+        return []
+    once = encoder_flops(plan.run) / 1e12
+    states = state_bytes(plan, gpus)
+    encoders = sum(
+        bytes_a_gpu * (1 - 1 / size)
+        for part, bytes_a_gpu in zip(plan.parts, states, strict=True)
+        if part.name in ("encoder", "teacher") and part.engine == "generator"
+    )
+    return [
+        f"tensor parallelism: decoder and codebook are divided by {size} as well; every rank of a "
+        f"group has the encoder, and runs it: {once:.3g} TFLOP a pass and image {size} times, and "
+        f"{encoders / GB:.2f} GB a GPU more than without; the decoder's activations are planned "
+        "as if they were not divided"
+    ]
 
 
 def _rows(plan: Plan, sizes: list[float]) -> list[tuple[str, ...]]:
@@ -108,7 +131,8 @@ def _describe_bytes(deepspeed: Mapping[str, Any]) -> str:
 def _way_out(plan: Plan, peak: Peak, gpu_memory: float) -> str:
     """The smallest number of GPUs that the batch can be divided by and the peak fits on."""
     micro_batches = plan.run.schedule.batch.global_batch // plan.run.schedule.batch.micro_batch
-    for gpus in (n for n in range(1, micro_batches + 1) if micro_batches % n == 0):
+    for groups in (n for n in range(1, micro_batches + 1) if micro_batches % n == 0):
+        gpus = groups * plan.tensor_size
         size = peak_bytes(plan, gpus).total / GB
         if size <= gpu_memory:
             return f"it fits from {gpus} GPUs on: {size:.1f} GB a GPU"

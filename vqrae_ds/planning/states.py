@@ -2,7 +2,8 @@
 
 ZeRO-3 divides everything over the GPUs, ZeRO-2 all but the parameters, ZeRO-1 all but parameters
 and gradients. It keeps masters beside parameters of the same dtype too. hpZ keeps a second
-partition of the parameters.
+partition of the parameters. With tensor parallelism a rank has its slices, and ZeRO divides these
+over the ranks that see different images.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ class ParameterBytes(NamedTuple):
 
 def state_bytes(plan: Plan, gpus: int) -> list[float]:
     """Bytes of model states on each of `gpus` GPUs, a number for each part of the plan."""
-    return [_bytes(part, plan.run.deepspeed, gpus) for part in plan.parts]
+    return [_bytes(part, plan.run.deepspeed, gpus, plan.tensor_size) for part in plan.parts]
+
+
+def data_gpus(plan: Plan, gpus: int) -> int:
+    """How many GPUs see different images: ZeRO divides the generator over these."""
+    return gpus // plan.tensor_size
 
 
 def zero_stage(deepspeed: Mapping[str, Any]) -> int:
@@ -60,7 +66,7 @@ def _on_gpu(deepspeed: Mapping[str, Any], stage: int) -> ParameterBytes:
     return ParameterBytes(size.parameter, 0, 0, 0) if is_offloaded(deepspeed) else size
 
 
-def _bytes(part: Part, deepspeed: Mapping[str, Any], gpus: int) -> float:
+def _bytes(part: Part, deepspeed: Mapping[str, Any], gpus: int, tensor_size: int) -> float:
     if part.engine == "none":
         return part.count * FP32
     if part.engine == "discriminator":  # as `engines.build_discriminator` configures it
@@ -78,4 +84,6 @@ def _bytes(part: Part, deepspeed: Mapping[str, Any], gpus: int) -> float:
     if stage == 3 and part.engine != "resident":
         in_node = size.parameter / node if node > 1 else 0
         whole, divided = in_node, whole + divided
-    return part.count * (whole + divided / gpus)
+    if part.engine != "discriminator":  # that one is divided over all ranks
+        gpus //= tensor_size
+    return part.held * (whole + divided / gpus)

@@ -27,9 +27,9 @@ from vqrae_ds.models.weights import (
     StoredWeights,
     WeightFolder,
     check_names,
-    check_shape,
     is_finite,
 )
+from vqrae_ds.parallel.slices import ALONE, Place, Split, own_shape, own_slice, split_of
 from vqrae_ds.ranks import gather
 
 logger = logging.getLogger(__name__)
@@ -40,21 +40,35 @@ class Source(NamedTuple):
 
     folder: StoredWeights
     name: str
+    split: Split | None = None  # where this rank takes a slice, that of its `place`
+    place: Place = ALONE
+
+    def shape(self) -> tuple[int, ...]:
+        """Of what `read` gives."""
+        shape = self.folder.shape(self.name)
+        return shape if self.split is None else own_shape(shape, self.split, self.place)
 
     def read(self) -> Tensor:
         """The tensor, on the CPU. Raises `ValueError` where it holds NaN or infinity."""
         tensor = self.folder.read(self.name)
         _check_finite(tensor, self.name, self.folder.file_of(self.name))
-        return tensor
+        return tensor if self.split is None else own_slice(tensor, self.split, self.place)
 
     def read_range(self, start: int, numel: int) -> Tensor:
-        """Up to `numel` elements of the flat tensor from `start` on, and no others of the file."""
-        return self.folder.read_range(self.name, start, numel)
+        """Up to `numel` elements of the flat tensor from `start` on.
+
+        No others are read from the file, but for a slice: that is cut from the whole tensor.
+        """
+        if self.split is None:
+            return self.folder.read_range(self.name, start, numel)
+        return self.read().flatten()[start : start + numel]
 
 
-def find_sources(model: TrainingModel, config: TrainConfig) -> dict[str, Source]:
+def find_sources(
+    model: TrainingModel, config: TrainConfig, place: Place = ALONE
+) -> dict[str, Source]:
     """By name of the model. Precedence: 1. checkpoint of another run, 2. consolidated folder,
-    3. pretrained encoder, 4. nothing.
+    3. pretrained encoder, 4. nothing. At `place` a rank takes slices of what its group divides.
 
     Raises `ValueError` where names or shapes of the files do not fit the model; no value is read.
     """
@@ -81,6 +95,8 @@ def find_sources(model: TrainingModel, config: TrainConfig) -> dict[str, Source]
         logger.warning("no encoder weights: the encoder is UNTRAINED, its features mean nothing")
         return {}
     check_names(expected, set(sources), folder.folder)
+    if place.size > 1:
+        sources = {n: s._replace(split=split_of(n), place=place) for n, s in sources.items()}
     _check_shapes(model, sources)
     return sources
 
@@ -253,4 +269,9 @@ def _check_shapes(model: nn.Module, sources: Mapping[str, Source]) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in sources:
             shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-            check_shape(sources[name].folder, sources[name].name, shape)
+            source = sources[name]
+            if source.shape() != shape:
+                raise ValueError(
+                    f"{source.name} in {source.folder.folder} has shape {source.shape()}, the "
+                    f"model {shape}"
+                )

@@ -22,6 +22,7 @@ from vqrae_ds.conversion.optimizer_states import (
     read_optimizer_states,
 )
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
+from vqrae_ds.parallel.slices import ALONE
 from vqrae_ds.sharding import partitions, resident
 from vqrae_ds.sharding.partitions import Part
 
@@ -43,6 +44,13 @@ def open_stored(folder: Path, engine: Any) -> Stored:
     tensors are not those of the engine, naming them.
     """
     weights = ZeroCheckpoint(folder)
+    place = ALONE if engine.mpu is None else engine.mpu.place
+    if weights.tensor_size != place.size:
+        raise ValueError(
+            f"{folder} was written with tensor_parallel.autotp_size = {weights.tensor_size}, and "
+            f"the run has {place.size}: set it back, or start a new run from it with init.from_run"
+        )
+    weights = weights.sliced(place)
     _check_same_tensors(weights, engine)
     states = read_optimizer_states(weights)
     for names in partitions.groups(engine):
@@ -63,10 +71,11 @@ def load(engine: Any, stored: Stored) -> None:
         fill(master, parts, stored.weights)
     for share in partitions.frozen_shares(engine):
         fill(share.vector, share.parts, stored.weights)
+    data_group = None if engine.mpu is None else engine.mpu.data
     for name, tensor in _whole_tensors(engine).items():
-        if dist.get_rank() == 0:
+        if dist.get_rank(data_group) == 0:
             tensor.copy_(stored.weights.read(name))
-        dist.broadcast(tensor, 0)
+        dist.broadcast(tensor, group=data_group, group_src=0)
     partitions.set_optimizer_state(engine, _optimizer_state(engine, stored.states))
     partitions.publish_masters(engine)
     partitions.set_counters(engine, stored.counters)

@@ -8,6 +8,7 @@ from torch import nn
 
 from vqrae_ds.config import LearningRateMultiplierConfig
 from vqrae_ds.models.training_model import TrainingModel
+from vqrae_ds.parallel.marks import is_split
 
 PARTS = {  # part of `lr_multiplier` -> prefixes of parameter names
     "encoder": ("vqrae.encoder.",),
@@ -20,18 +21,24 @@ UNDECAYED = ("position", "cls_token", "register_tokens")  # in names; vectors ne
 def parameter_groups(
     model: TrainingModel, optimizer_params: dict[str, Any], multiplier: LearningRateMultiplierConfig
 ) -> list[dict[str, Any]]:
-    """One group a part and kind: no decay on norms, biases, scales, positions and extra tokens."""
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    """One group a part and kind: no decay on norms, biases, scales, positions and extra tokens.
+
+    What a tensor-parallel group divides is in groups of its own, marked "split": of all others
+    each of its ranks has the same gradient.
+    """
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = next(p for p, prefixes in PARTS.items() if name.startswith(prefixes))
             shape = getattr(parameter, "ds_shape", parameter.shape)
             decays = len(shape) >= 2 and not any(word in name for word in UNDECAYED)
-            groups.setdefault((part, decays), []).append(parameter)
+            groups.setdefault((part, decays, is_split(parameter)), []).append(parameter)
     built = []
-    for (part, decays), parameters in groups.items():
+    for (part, decays, split), parameters in groups.items():
         rate = optimizer_params["lr"] * getattr(multiplier, part)
         group = {"params": parameters, "lr": rate, "part": part}
+        if split:
+            group["split"] = True
         if not decays:
             group["weight_decay"] = 0.0
         built.append(group)

@@ -150,13 +150,15 @@ def gradient_squares(engine: Any) -> dict[str, Tensor]:
     """Sums of squares of this rank's share of the gradients, by the key `part` of their group.
 
     The gradients are averaged over ranks and micro batches, and not clipped. Summed over the ranks
-    the numbers are squared norms. They are 0-dim, fp32, on the engine's device, and made without
+    the numbers are squared norms: what is whole on every rank of a tensor-parallel group counts on
+    its first. They are 0-dim, fp32, on the engine's device, and made without
     waiting for it. Valid between `engine.backward` of a step's last micro batch and `engine.step`.
     """
     groups = engine.optimizer.param_groups
+    is_first = engine.mpu is None or engine.mpu.get_model_parallel_rank() == 0
     squares = {g["part"]: torch.zeros((), device=engine.device) for g in groups}
     for index, norms in _gradient_norms(engine.optimizer):
-        if norms:
+        if norms and (is_first or groups[index].get("split")):
             squares[groups[index]["part"]] += torch.stack(norms).square().sum()
     return squares
 
@@ -248,7 +250,7 @@ def saved_bytes(engine: Any) -> int:
     tensors += moments
     if _is_zero_3(engine.optimizer):
         tensors += engine.module.buffers()
-    elif dist.get_rank() == 0:  # the others write no module
+    elif dist.get_rank(engine.optimizer.dp_process_group) == 0:  # the others write no module
         frozen = {n for n, p in engine.module.named_parameters() if not p.requires_grad}
         state = engine.module.state_dict()
         tensors += [tensor for name, tensor in state.items() if name not in frozen]

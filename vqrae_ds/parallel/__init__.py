@@ -1,0 +1,1 @@
+"""Tensor parallelism: process groups, the plan of slices, and the layers that hold one slice."""

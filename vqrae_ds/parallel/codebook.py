@@ -1,0 +1,81 @@
+"""SimVQ's frozen codebook over a tensor-parallel group: each rank holds and searches some codes.
+
+All ranks of a group have the same tokens. Each projects its own rows and finds the nearest of them;
+one small collective tells which rank's is the nearest of all. The chosen raw rows then come by a
+masked lookup and a sum over the group, without gradient for they are frozen, and every rank
+projects them with gradient: that of the projection is whole on each, as in one process.
+
+Shapes: B batch, N tokens, K codes, k of them on this rank, D dimensions, R ranks of the group.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vqrae_ds.models.quantizer import Search
+from vqrae_ds.models.simvq import FrozenCodebook
+from vqrae_ds.ops.nearest_code import nearest_code
+from vqrae_ds.parallel.groups import Groups
+from vqrae_ds.parallel.marks import mark_split
+from vqrae_ds.parallel.slices import COLUMN, bounds, own_slice
+
+
+class ShardedCodebook(FrozenCodebook):
+    """The rows of this rank; the indices are those of the whole codebook."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, groups: Groups) -> None:
+        self.whole_shape, self.groups = (num_embeddings, embedding_dim), groups
+        self.first, held = bounds(num_embeddings, groups.place)
+        super().__init__(held, embedding_dim)
+        mark_split(self.weight, self.whole_shape)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The rows that one process would draw; every rank needs the same random state."""
+        whole_KD = self.weight.new_empty(self.whole_shape)
+        nn.init.normal_(whole_KD, std=self.embedding_dim**-0.5)
+        self.weight.copy_(own_slice(whole_KD, COLUMN, self.groups.place))
+
+    @torch.no_grad()
+    def forward(self, indices: Tensor | None = None) -> Tensor:
+        """The rows (*indices.shape, D) of the whole codebook, or those (k, D) of this rank.
+
+        With indices all ranks of the group call it together, with the same ones.
+        """
+        if indices is None:
+            return super().forward()
+        position = indices - self.first
+        is_held = (position >= 0) & (position < self.num_embeddings)
+        rows = super().forward(torch.where(is_held, position, 0))
+        rows = torch.where(is_held[..., None], rows, 0)
+        dist.all_reduce(rows, group=self.groups.tensor)  # one rank has the row, the others zeros
+        return rows
+
+
+class GroupSearch:
+    """The nearest of all ranks' codes; ties go to the lowest index, whatever the number of ranks.
+
+    `search` finds the nearest of this rank's. The winners are compared in float64, by the distance
+    itself: what `search` computes may be rounded in another way for another number of codes.
+    """
+
+    def __init__(self, num_codes: int, groups: Groups, search: Search = nearest_code) -> None:
+        self.groups, self.search = groups, search
+        self.first = bounds(num_codes, groups.place).start
+
+    @torch.no_grad()
+    def __call__(self, z_ND: Tensor, codes_kD: Tensor) -> Tensor:
+        """Indices (N,) int64 in the whole codebook, the same on all ranks of the group."""
+        index_N = self.search(z_ND, codes_kD)
+        distance_N = (z_ND.double() - codes_kD[index_N].double()).square().sum(1)
+        # An index is exact in float64, so that both travel in one tensor.
+        mine_N2 = torch.stack([distance_N, (index_N + self.first).double()], 1)
+        all_RN2 = mine_N2.new_empty(self.groups.place.size, *mine_N2.shape)
+        dist.all_gather(list(all_RN2), mine_N2, group=self.groups.tensor)
+        best_N2 = all_RN2[0]
+        for other_N2 in all_RN2[1:]:  # in the order of the codes: a tie stays with the lower one
+            is_nearer_N1 = other_N2[:, :1] < best_N2[:, :1]
+            best_N2 = torch.where(is_nearer_N1, other_N2, best_N2)
+        return best_N2[:, 1].long()
