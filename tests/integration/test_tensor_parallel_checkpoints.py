@@ -103,7 +103,7 @@ def train_save_resume(rank: int, folder: Path) -> None:
         train(run, setup, rank, 0, STEPS)
         state = checkpoint.TrainState(STEPS, STEPS * 4)
         engines = (setup.generator, setup.discriminator)
-        saved = checkpoint.save(run, *engines, state, ema=setup.ema)
+        saved = checkpoint.save(run, checkpoint.Content(*engines, state, ema=setup.ema))
         held = {"weights": weights_of(setup.generator), "masters": masters_of(setup.generator)}
         torch.save(held, folder / kind / f"held{rank}.pt")
         expected = train(run, setup, rank, STEPS, MORE_STEPS)
