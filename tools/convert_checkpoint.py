@@ -25,8 +25,7 @@ from vqrae_ds.conversion.consolidate import consolidate, verify
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def main() -> None:
-    """Parse the command line, convert, and verify if asked to."""
+def _parse() -> argparse.Namespace:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,8 +63,12 @@ def main() -> None:
         help="read back what was written, compare every element, and what both models make of an "
         "image",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Parse the command line, convert, and verify if asked to."""
+    args = _parse()
     checkpoint = find_checkpoint(args.checkpoint)
     notes = [f"{args.output}: {checkpoint} for {args.to}"]
     if args.ema:
