@@ -74,9 +74,10 @@ ADAMW = [Cell(stage, "off", 1, "none", False, "AdamW") for stage in (1, 2)]
 
 
 class Trained(NamedTuple):
-    """Losses by rank and micro batch, gradients by step, and what the steps led to, by name."""
+    """By rank and micro batch, by step, and by name what the steps led to."""
 
     losses: list[list[dict[str, float]]]
+    indices: list[list[Tensor]]
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
     averages: dict[str, Tensor]
@@ -111,7 +112,8 @@ def train_plainly(
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     averages = {n: p.detach().clone() for n, p in trained.items()}
     optimizers = [_optimizer(cell, trained.values()), _optimizer(cell, discriminator.parameters())]
-    losses, gradients = [[] for _ in range(world_size)], []
+    losses, indices = [[] for _ in range(world_size)], [[] for _ in range(world_size)]
+    gradients = []
     share = 1 / (world_size * cell.accumulation)
     for step in range(STEPS):
         g_gradients = {n: torch.zeros_like(p) for n, p in trained.items()}
@@ -122,8 +124,11 @@ def train_plainly(
             ]
             if micro == 0:
                 adaptive = None  # the weight of the first micro batch is that of the step
-            networks = (model, teacher, discriminator, perceptual)
-            totals, hinges, terms, adaptive = _losses(cell, batches, adaptive, *networks)
+            networks = (teacher, discriminator, perceptual, model.decoder.head.weight)
+            outputs = [model(images) for images in batches]
+            for rank, output in enumerate(outputs):
+                indices[rank].append(output.indices_Bhw)
+            totals, hinges, terms, adaptive = _losses(cell, batches, outputs, adaptive, *networks)
             for rank, total in enumerate(totals):
                 whole = torch.autograd.grad(
                     total, list(trained.values()), allow_unused=True, materialize_grads=True
@@ -141,15 +146,14 @@ def train_plainly(
             average.copy_(EMA_DECAY * average + (1 - EMA_DECAY) * trained[name].detach())
     weights = {f"vqrae.{n}": p.detach() for n, p in trained.items()}
     averages = {f"vqrae.{n}": average for n, average in averages.items()}
-    return Trained(losses, gradients, weights, averages, discriminator.state_dict())
+    return Trained(losses, indices, gradients, weights, averages, discriminator.state_dict())
 
 
-def _losses(cell, batches, adaptive, model, teacher, discriminator, perceptual):
+def _losses(cell, batches, outputs, adaptive, teacher, discriminator, perceptual, head_weight):
     """Total loss of the generator, hinge loss of the discriminator, and named terms, by rank.
 
     And the adaptive weight, computed where none is given.
     """
-    outputs = [model(images) for images in batches]
     fakes = [unpatchify(output.patches_BhwP) for output in outputs]
     image_losses = [
         WEIGHTS["reconstruction"] * F.mse_loss(fake, images)
@@ -158,7 +162,7 @@ def _losses(cell, batches, adaptive, model, teacher, discriminator, perceptual):
     ]
     adversarial = [-discriminator(fake).mean() for fake in fakes]
     if adaptive is None:
-        adaptive = _adaptive_weight(image_losses, adversarial, model.decoder.head.weight)
+        adaptive = _adaptive_weight(image_losses, adversarial, head_weight)
     totals, hinges, terms = [], [], []
     for rank, (images, fake, output) in enumerate(zip(batches, fakes, outputs, strict=True)):
         total, named = image_losses[rank] + WEIGHTS["quantizer"] * output.vq_loss, {}

@@ -107,7 +107,10 @@ def train_with_engines(rank: int, run: Run, lpips: Path, result: Path) -> None:
     assert is_partitioned == (run.deepspeed["zero_optimization"]["stage"] == 3)
     data_rank = rank // run.schedule.batch.tensor_size
     trainable = {n: p for n, p in generator.module.named_parameters() if p.requires_grad}
-    losses, gradients, norms = [], [], []
+    losses, indices, gradients, norms = [], [], [], []
+    generator.module.register_forward_hook(
+        lambda _module, _images, output: indices.append(output.vqrae.indices_Bhw)
+    )
     take_step = generator.step
 
     def record_and_step() -> None:
@@ -138,6 +141,7 @@ def train_with_engines(rank: int, run: Run, lpips: Path, result: Path) -> None:
     )
     saved = {
         "losses": losses,
+        "indices": indices,
         "gradients": gradients,
         "norms": norms,
         "weights": weights,
@@ -213,6 +217,8 @@ def test_steps_equal_single_process(trained, lpips_weights, world_size, cell):
     ]
     for rank, ours in enumerate(ranks):
         assert len(ours["losses"]) == len(plain.losses[rank]) == STEPS * cell.accumulation
+        for mine, theirs in zip(ours["indices"], plain.indices[rank], strict=True):
+            assert torch.equal(mine, theirs)
         for mine, theirs in zip(ours["losses"], plain.losses[rank], strict=True):
             for name, expected in theirs.items():
                 assert mine[name] == pytest.approx(expected, rel=1e-6), name

@@ -97,6 +97,9 @@ def test_steps_equal_single_process(trained, lpips_weights, layout, cell):
     files = [folder / cell.name / f"rank{rank}.pt" for rank in range(RANKS)]
     ranks = [torch.load(file, weights_only=True) for file in files]
     for rank, ours in enumerate(ranks):
+        for mine, theirs in zip(ours["indices"], plain.indices[rank // size], strict=True):
+            assert torch.equal(mine, theirs)
+            assert len(theirs.unique()) > 1
         for mine, theirs in zip(ours["losses"], plain.losses[rank // size], strict=True):
             for name, expected in theirs.items():
                 assert mine[name] == pytest.approx(expected, rel=1e-6), name
