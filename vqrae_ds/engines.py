@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -122,9 +123,7 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
         dtype = torch.bfloat16 if run.bf16 else torch.float32
         resident.take_out(model, gathered, device, dtype)
     parameters = parameter_groups(model, run.deepspeed["optimizer"]["params"], config.lr_multiplier)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameters, config=for_engine(run.deepspeed), mpu=groups
-    )
+    engine = _initialize(model, parameters, for_engine(run.deepspeed), groups)
     if fill:
         resident.check_filled(model)
     if _has_fp32_masters_of_bf16(run):
@@ -189,12 +188,9 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
     if fill:
         with failing_together():
             first_weights.load_discriminator(discriminator, run.config.init)
-    engine, *_ = deepspeed.initialize(
-        model=discriminator,
-        model_parameters=discriminator_groups(discriminator),
-        config=deepspeed_config,
-        mpu=make_data_groups() if tensor_size > 1 else None,
-    )
+    groups = make_data_groups(_timeout(run)) if tensor_size > 1 else None
+    parameters = discriminator_groups(discriminator)
+    engine = _initialize(discriminator, parameters, deepspeed_config, groups)
     set_learning_rate(engine, 0)
     return engine
 
@@ -233,6 +229,24 @@ def fill_weights(
             raise failed
 
 
+def _initialize(
+    model: nn.Module, parameters: list[dict], config: dict, groups: Groups | None
+) -> DeepSpeedEngine:
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=parameters, config=config, mpu=groups
+    )
+    if groups is not None:
+        reduce = engine.buffered_allreduce_fallback
+
+        def reduce_over_own_groups(*args: Any, **kwargs: Any) -> None:
+            # It asks a global, which names the groups of the engine that was built last.
+            deepspeed.utils.groups.mpu = groups
+            reduce(*args, **kwargs)
+
+        engine.buffered_allreduce_fallback = reduce_over_own_groups
+    return engine
+
+
 def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:
     """DeepSpeed makes the fp32 masters of the bf16 parameters: give them back what was rounded.
 
@@ -242,7 +256,8 @@ def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:
         if parameter.requires_grad and name in sources:
             source = sources[name]
             if not hasattr(parameter, "ds_tensor"):
-                value = source.folder.read(source.name)
+                value = source.read()
+                assert value.shape == parameter.shape, "DeepSpeed would not notice"
                 safe_set_full_fp32_param(parameter, value.float().to(engine.device))
                 continue
             size = parameter.ds_tensor.ds_numel
@@ -263,14 +278,18 @@ def _on_gpu() -> bool:
 def _partitioned(run: Run, groups: Groups | None) -> contextlib.AbstractContextManager:
     if run.deepspeed["zero_optimization"]["stage"] != 3:
         return contextlib.nullcontext()
-    data_group = None if groups is None else groups.data
+    data_group = None if groups is None else groups.data_group
     return deepspeed.zero.Init(
         config_dict_or_path=for_engine(run.deepspeed), data_parallel_group=data_group, mpu=groups
     )
 
 
 def _groups(run: Run) -> Groups | None:
-    return make_groups(run.schedule.batch.tensor_size)
+    return make_groups(run.schedule.batch.tensor_size, _timeout(run))
+
+
+def _timeout(run: Run) -> timedelta:
+    return timedelta(minutes=run.config.run.collective_timeout_minutes)
 
 
 def _broadcast(buffer: Tensor) -> None:

@@ -60,11 +60,13 @@ class Culprit(NamedTuple):
 class Guard:
     """Judges losses, and counts the steps that were skipped.
 
-    `state` is what an earlier start had learned.
+    `state` is what an earlier start had learned; `tensor_size` neighbours see the same images.
     """
 
-    def __init__(self, config: GuardConfig, state: Mapping[str, Any] | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: GuardConfig, state: Mapping[str, Any] | None = None, tensor_size: int = 1
+    ) -> None:
+        self.config, self._tensor_size = config, tensor_size
         state = state or {}
         self.levels: dict[str, float] = dict(state.get("levels", {}))  # of `WATCHED`
         self.skipped_steps: int = state.get("skipped_steps", 0)
@@ -132,6 +134,7 @@ class Guard:
         ]
         self._seen.clear()
         found = [Culprit(rank, *each) for rank, terms in enumerate(gather(mine)) for each in terms]
+        found = list({(c.rank // self._tensor_size, c.name): c for c in found[::-1]}.values())[::-1]
         self.culprits = [c for c in found if c.name not in DERIVED] or found
         logger.warning("step %d was skipped: %s", step, self.reason())
 

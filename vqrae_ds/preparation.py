@@ -108,7 +108,7 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
         discriminator,
         objective,
         perceptual,
-        Guard(config.guard, extra.get("guard")),
+        Guard(config.guard, extra.get("guard"), tensor_size),
         stop,
         ema,
         _training_batches(run, ranks, index, start=state.samples),

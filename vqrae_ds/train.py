@@ -98,6 +98,7 @@ def train(run: Run, setup: Setup) -> None:
     from vqrae_ds import engines
     from vqrae_ds.checkpoint import Saver
     from vqrae_ds.monitoring.profiler import StepProfiler
+    from vqrae_ds.sharding import replicas
 
     config, (sizes, total_steps) = run.config, run.schedule
     guard, state, saver = setup.guard, setup.state, Saver(run)
@@ -128,7 +129,8 @@ def train(run: Run, setup: Setup) -> None:
                 monitor.add_gradients(squares)
             if is_logged or is_last:  # why a run ends is in its last steps
                 rates = engines.learning_rates(setup.generator, setup.discriminator)
-                numbers, largest = _numbers(setup, saver), guard.largest()
+                difference = replicas.equalize(setup.generator)
+                numbers, largest = _numbers(setup, saver, difference), guard.largest()
                 guard.learn(monitor.log(state.step, state.samples, rates, numbers, largest))
             with monitor.paused():
                 is_validated = is_due(state.step, config.monitor.validate_every_steps, total_steps)
@@ -269,12 +271,14 @@ def _check_end(guard: Guard, saver: Saver, step: int) -> None:
         )
 
 
-def _numbers(setup: Setup, saver: Saver) -> dict[str, float]:
-    """What every rank knows by itself."""
+def _numbers(setup: Setup, saver: Saver, difference: float) -> dict[str, float]:
+    """What every rank knows by itself, and by how much its tensor-parallel group had differed."""
     numbers = {
         "optim/skipped_steps": setup.guard.skipped_steps,
         "checkpoint/failed_saves": saver.failed_saves,
     }
+    if setup.ranks.tensor_size > 1:
+        numbers["optim/replica_difference"] = difference
     if setup.discriminator is not None:
         norm = setup.discriminator.get_global_grad_norm()
         if norm is not None:  # before its first step

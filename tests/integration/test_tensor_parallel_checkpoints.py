@@ -49,13 +49,25 @@ KINDS = {
 
 
 def make(
-    rank: int, folder: Path, kind: str, tensor_size: int, world_size: int = RANKS, **sections: Any
+    rank: int,
+    folder: Path,
+    kind: str,
+    tensor_size: int,
+    world_size: int = RANKS,
+    *,
+    stage: int = 1,
+    deepspeed: dict[str, Any] | None = None,
+    **sections: Any,
 ) -> Run:
-    """The run of one kind, made on rank 0, the same on all."""
+    """The run of one kind, made on rank 0, the same on all.
+
+    `deepspeed` takes the place of what KINDS has for it.
+    """
     shared: list[Any] = [None]
     if rank == 0:
-        deepspeed = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1, "optimizer": ADAMW}
-        deepspeed |= {"tensor_parallel": {"autotp_size": tensor_size}} | KINDS[kind]
+        batch = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1, "optimizer": ADAMW}
+        batch |= {"tensor_parallel": {"autotp_size": tensor_size}}
+        deepspeed = batch | (KINDS[kind] if deepspeed is None else deepspeed)
         options = {
             "losses": {"adversarial": GAN, "perceptual": None},
             "ema": {"decay": 0.7},
@@ -65,7 +77,7 @@ def make(
         if kind == "zero3-offload":
             options["memory"] = {"frozen_encoder": "resident"}
         options |= sections
-        shared = [make_run(folder, 1, deepspeed=deepspeed, world_size=world_size, **options)]
+        shared = [make_run(folder, stage, deepspeed=deepspeed, world_size=world_size, **options)]
     dist.broadcast_object_list(shared, 0)
     return shared[0]
 

@@ -70,6 +70,7 @@ MAY_DIFFER = frozenset(
 )
 
 _NOT_SET = object()
+_ALONE = {"tensor_parallel": {"autotp_size": 1}}  # what a JSON without the section means
 
 
 def record(run: Run) -> dict[str, Any]:
@@ -83,8 +84,8 @@ def check_same_run(run: Run, saved: Mapping[str, Any], where: Path) -> None:
     A key of the YAML that is newer than the record counts as having had its default.
     """
     began = check(TrainConfig, saved["config"], prefix=f"{where}: ")
-    ours = {**run.config.model_dump(), "deepspeed": run.deepspeed}
-    theirs = {**began.model_dump(), "deepspeed": saved["deepspeed"]}
+    ours = {**run.config.model_dump(), "deepspeed": {**_ALONE, **run.deepspeed}}
+    theirs = {**began.model_dump(), "deepspeed": {**_ALONE, **saved["deepspeed"]}}
     found = [d for d in _differences(ours, theirs, "") if d.name not in MAY_DIFFER]
     if found:
         name, here, there = found[0]

@@ -174,6 +174,11 @@ class ZeroCheckpoint:
         for name, info in first.tensors.items():
             split = split_of(name) if self.tensor_size > 1 else None
             self.tensors[name], self._spans[name] = info, first.spans[name]
+            for rank, other in enumerate(self._slices if split is None else ()):
+                if other.tensors[name] != info:
+                    raise ValueError(
+                        f"{self.folder}: tensor rank {rank} holds another {name} than 0"
+                    )
             if split is not None:
                 self.tensors[name] = info = merged_info(name, self._slices, split, self.folder)
                 by_rank = [each.spans[name] for each in self._slices]

@@ -20,7 +20,10 @@ PADDING = 1024
 
 
 class TermMean(NamedTuple):
-    """The mean over the `count` finite values of all ranks, and how many were not finite."""
+    """The mean over the `count` finite values of all ranks, and how many were not finite.
+
+    Ranks of a tensor-parallel group, which have the same values, count each.
+    """
 
     mean: float  # NaN where none was finite
     count: int

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vqrae_ds.models.quantizer import Search
 from vqrae_ds.models.simvq import FrozenCodebook
-from vqrae_ds.ops.nearest_code import nearest_code
+from vqrae_ds.ops.nearest_code import TILE_TOKENS, nearest_code
 from vqrae_ds.parallel.groups import Groups
 from vqrae_ds.parallel.marks import mark_split
 from vqrae_ds.parallel.slices import COLUMN, bounds, own_slice
@@ -50,7 +50,8 @@ class ShardedCodebook(FrozenCodebook):
         is_held = (position >= 0) & (position < self.num_embeddings)
         rows = super().forward(torch.where(is_held, position, 0))
         rows = torch.where(is_held[..., None], rows, 0)
-        dist.all_reduce(rows, group=self.groups.tensor)  # one rank has the row, the others zeros
+        # One rank has the row, the others zeros.
+        dist.all_reduce(rows, group=self.groups.tensor_group)
         return rows
 
 
@@ -58,7 +59,9 @@ class GroupSearch:
     """The nearest of all ranks' codes; ties go to the lowest index, whatever the number of ranks.
 
     `search` finds the nearest of this rank's. The winners are compared in float64, by the distance
-    itself: what `search` computes may be rounded in another way for another number of codes.
+    itself: what `search` computes may be rounded in another way for another number of codes. Codes
+    that differ by less than its rounding are no tie to it, so that there another number of ranks
+    may find another of them.
     """
 
     def __init__(self, num_codes: int, groups: Groups, search: Search = nearest_code) -> None:
@@ -69,11 +72,13 @@ class GroupSearch:
     def __call__(self, z_ND: Tensor, codes_kD: Tensor) -> Tensor:
         """Indices (N,) int64 in the whole codebook, the same on all ranks of the group."""
         index_N = self.search(z_ND, codes_kD)
-        distance_N = (z_ND.double() - codes_kD[index_N].double()).square().sum(1)
+        tiles = zip(z_ND.split(TILE_TOKENS), index_N.split(TILE_TOKENS), strict=True)
+        distances = [(z.double() - codes_kD[i].double()).square().sum(1) for z, i in tiles]
+        distance_N = torch.cat(distances)
         # An index is exact in float64, so that both travel in one tensor.
         mine_N2 = torch.stack([distance_N, (index_N + self.first).double()], 1)
         all_RN2 = mine_N2.new_empty(self.groups.place.size, *mine_N2.shape)
-        dist.all_gather(list(all_RN2), mine_N2, group=self.groups.tensor)
+        dist.all_gather(list(all_RN2), mine_N2, group=self.groups.tensor_group)
         best_N2 = all_RN2[0]
         for other_N2 in all_RN2[1:]:  # in the order of the codes: a tie stays with the lower one
             is_nearer_N1 = other_N2[:, :1] < best_N2[:, :1]

@@ -9,6 +9,7 @@ them see the same images; ZeRO partitions over the data group.
 from __future__ import annotations
 
 import functools
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,13 @@ from vqrae_ds.parallel.slices import Place, Split, merge, own_shape
 class Groups(NamedTuple):
     """This rank's two groups. The methods are those that DeepSpeed asks of its `mpu`."""
 
-    tensor: dist.ProcessGroup
-    data: dist.ProcessGroup
+    tensor_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
 
     @property
     def place(self) -> Place:
         """This rank in its tensor group."""
-        return Place(dist.get_rank(self.tensor), dist.get_world_size(self.tensor))
+        return Place(dist.get_rank(self.tensor_group), dist.get_world_size(self.tensor_group))
 
     def get_model_parallel_rank(self) -> int:
         return self.place.rank
@@ -36,7 +37,7 @@ class Groups(NamedTuple):
         return self.place.size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.tensor
+        return self.tensor_group
 
     def get_tensor_model_parallel_rank(self) -> int:
         return self.place.rank
@@ -45,26 +46,27 @@ class Groups(NamedTuple):
         return self.place.size
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.tensor
+        return self.tensor_group
 
     def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.data)
+        return dist.get_rank(self.data_group)
 
     def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.data)
+        return dist.get_world_size(self.data_group)
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.data
+        return self.data_group
 
 
 @functools.cache
-def make_data_groups() -> Groups:
+def make_data_groups(timeout: timedelta) -> Groups:
     """Each rank a tensor group of its own, for a model that no group divides beside one that is.
 
-    All ranks call it together; the groups are made once a process.
+    DeepSpeed would take the groups of that one, which it keeps in a global. The groups are made
+    once a process; a peer that is gone ends a collective after `timeout`.
     """
-    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    return Groups(alone[dist.get_rank()], dist.group.WORLD)
+    alone = dist.new_group([dist.get_rank()], timeout, use_local_synchronization=True)
+    return Groups(alone, dist.group.WORLD)
 
 
 def merge_over_group(own: Tensor, shape: tuple[int, ...], split: Split, groups: Groups) -> Tensor:
@@ -74,7 +76,7 @@ def merge_over_group(own: Tensor, shape: tuple[int, ...], split: Split, groups: 
         piece = own.contiguous()
         if other != rank:
             piece = own.new_empty(own_shape(shape, split, Place(other, size)))
-        dist.broadcast(piece, group=groups.tensor, group_src=other)
+        dist.broadcast(piece, group=groups.tensor_group, group_src=other)
         slices.append(piece)
     return merge(slices, split)
 
@@ -99,17 +101,19 @@ class Ranks(NamedTuple):
 
 
 @functools.cache
-def make_groups(tensor_size: int) -> Groups | None:
+def make_groups(tensor_size: int, timeout: timedelta) -> Groups | None:
     """The groups of this rank, None where each rank is a tensor group of its own.
 
     All ranks call it together; the groups are made once a process. `tensor_size` divides the ranks.
+    A peer that is gone ends a collective after `timeout`.
     """
     if tensor_size == 1:
         return None
     world_size, rank = dist.get_world_size(), dist.get_rank()
     assert world_size % tensor_size == 0, "the batch arithmetic refuses it"
-    firsts = range(0, world_size, tensor_size)
-    tensor = [dist.new_group(list(range(first, first + tensor_size))) for first in firsts]
-    columns = range(tensor_size)
-    data = [dist.new_group(list(range(column, world_size, tensor_size))) for column in columns]
+    firsts, columns = range(0, world_size, tensor_size), range(tensor_size)
+    neighbours = [list(range(first, first + tensor_size)) for first in firsts]
+    strided = [list(range(column, world_size, tensor_size)) for column in columns]
+    tensor = [dist.new_group(ranks, timeout) for ranks in neighbours]
+    data = [dist.new_group(ranks, timeout) for ranks in strided]
     return Groups(tensor[rank // tensor_size], data[rank % tensor_size])

@@ -66,7 +66,7 @@ class ColumnLinear(SlicedLinear):
         mark_split(self.bias, self.whole_shape[:1])
 
     def forward(self, x_BNI: Tensor) -> Tensor:
-        return super().forward(_CopyToGroup.apply(x_BNI, self.groups.tensor))  # (B, N, o)
+        return super().forward(_CopyToGroup.apply(x_BNI, self.groups.tensor_group))  # (B, N, o)
 
 
 class RowLinear(SlicedLinear):
@@ -77,7 +77,7 @@ class RowLinear(SlicedLinear):
 
     def forward(self, x_BNi: Tensor) -> Tensor:
         partial_BNO = F.linear(x_BNi, self.weight)
-        return _SumOverGroup.apply(partial_BNO, self.groups.tensor) + self.bias
+        return _SumOverGroup.apply(partial_BNO, self.groups.tensor_group) + self.bias
 
 
 class HeadNorm(nn.RMSNorm):
@@ -89,7 +89,7 @@ class HeadNorm(nn.RMSNorm):
 
     def forward(self, x_BhNd: Tensor) -> Tensor:
         # A copy: ZeRO-3 takes the weight's memory back after this.
-        weight_d = _CopyToGroup.apply(self.weight.clone(), self.groups.tensor)
+        weight_d = _CopyToGroup.apply(self.weight.clone(), self.groups.tensor_group)
         return F.rms_norm(x_BhNd, self.normalized_shape, weight_d, self.eps)
 
 

@@ -91,10 +91,11 @@ def _repeated_encoder(plan: Plan, gpus: int) -> list[str]:
     if size == 1:
         return []
     once = encoder_flops(plan.run) / 1e12
-    states = state_bytes(plan, gpus)
+    here = state_bytes(plan, gpus)
+    without = state_bytes(plan, gpus, tensor_size=1)
     encoders = sum(
-        bytes_a_gpu * (1 - 1 / size)
-        for part, bytes_a_gpu in zip(plan.parts, states, strict=True)
+        with_tp - alone
+        for part, with_tp, alone in zip(plan.parts, here, without, strict=True)
         if part.name in ("encoder", "teacher") and part.engine == "generator"
     )
     return [

@@ -27,9 +27,13 @@ class ParameterBytes(NamedTuple):
     optimizer: int
 
 
-def state_bytes(plan: Plan, gpus: int) -> list[float]:
-    """Bytes of model states on each of `gpus` GPUs, a number for each part of the plan."""
-    return [_bytes(part, plan.run.deepspeed, gpus, plan.tensor_size) for part in plan.parts]
+def state_bytes(plan: Plan, gpus: int, tensor_size: int | None = None) -> list[float]:
+    """Bytes of model states on each of `gpus` GPUs, a number for each part of the plan.
+
+    With `tensor_size` ZeRO divides as it would if tensor-parallel groups had this size.
+    """
+    size = plan.tensor_size if tensor_size is None else tensor_size
+    return [_bytes(part, plan.run.deepspeed, gpus, size) for part in plan.parts]
 
 
 def data_gpus(plan: Plan, gpus: int) -> int:

@@ -27,9 +27,11 @@ from vqrae_ds.models.weights import (
     StoredWeights,
     WeightFolder,
     check_names,
+    check_shape,
     is_finite,
 )
-from vqrae_ds.parallel.slices import ALONE, Place, Split, own_shape, own_slice, split_of
+from vqrae_ds.parallel.marks import whole_shape
+from vqrae_ds.parallel.slices import ALONE, Place, Split, own_slice, split_of
 from vqrae_ds.ranks import gather
 
 logger = logging.getLogger(__name__)
@@ -42,11 +44,6 @@ class Source(NamedTuple):
     name: str
     split: Split | None = None  # where this rank takes a slice, that of its `place`
     place: Place = ALONE
-
-    def shape(self) -> tuple[int, ...]:
-        """Of what `read` gives."""
-        shape = self.folder.shape(self.name)
-        return shape if self.split is None else own_shape(shape, self.split, self.place)
 
     def read(self) -> Tensor:
         """The tensor, on the CPU. Raises `ValueError` where it holds NaN or infinity."""
@@ -268,10 +265,4 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
 def _check_shapes(model: nn.Module, sources: Mapping[str, Source]) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in sources:
-            shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-            source = sources[name]
-            if source.shape() != shape:
-                raise ValueError(
-                    f"{source.name} in {source.folder.folder} has shape {source.shape()}, the "
-                    f"model {shape}"
-                )
+            check_shape(sources[name].folder, sources[name].name, whole_shape(tensor))

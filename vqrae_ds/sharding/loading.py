@@ -71,7 +71,7 @@ def load(engine: Any, stored: Stored) -> None:
         fill(master, parts, stored.weights)
     for share in partitions.frozen_shares(engine):
         fill(share.vector, share.parts, stored.weights)
-    data_group = None if engine.mpu is None else engine.mpu.data
+    data_group = None if engine.mpu is None else engine.mpu.data_group
     for name, tensor in _whole_tensors(engine).items():
         if dist.get_rank(data_group) == 0:
             tensor.copy_(stored.weights.read(name))

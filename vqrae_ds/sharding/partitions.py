@@ -71,6 +71,14 @@ def groups(engine: Any) -> list[list[str]]:
     return [[names[p] for p in members] for members in _members(engine.optimizer)]
 
 
+def parameter_groups(engine: Any) -> list[dict[str, Any]]:
+    """The optimizer's parameter group of each vector of `masters`."""
+    optimizer, found = engine.optimizer, engine.optimizer.param_groups
+    if not _is_zero_3(optimizer):
+        return found
+    return [found[optimizer.sub_group_to_group_id[i]] for i in range(len(optimizer.fp16_groups))]
+
+
 def trained_names(engine: Any) -> set[str]:
     """Names of all parameters that the engine's optimizer owns."""
     return {name for names in groups(engine) for name in names}
@@ -115,6 +123,12 @@ def prepare_loading(engine: Any) -> None:
         engine.optimizer.checkpoint_event_prologue()
         for parameter in engine.module.parameters():
             parameter.ds_secondary_tensor = None
+
+
+def optimizer_state(engine: Any) -> list[dict[str, Any]]:
+    """What the base optimizer keeps for each vector of `stepped`; nothing before its first step."""
+    states = engine.optimizer.optimizer.state
+    return [states.get(vector, {}) for vector in stepped(engine)]
 
 
 def set_optimizer_state(engine: Any, states: list[dict[str, Any]]) -> None:
