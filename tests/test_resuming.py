@@ -118,6 +118,13 @@ def test_the_line_names_the_key_both_values_and_the_way_out(run, name, value, wo
     assert "\n" not in str(caught.value)
 
 
+def test_tensor_parallelism_of_one_rank_is_none(run):
+    saved, name = read_back(run), "deepspeed.tensor_parallel"
+    check_same_run(run, changed(saved, name, {"autotp_size": 1}), WHERE)
+    with pytest.raises(ValueError, match="tensor_parallel.autotp_size = 1 differs from 2"):
+        check_same_run(run, changed(saved, name, {"autotp_size": 2}), WHERE)
+
+
 def test_further_differences_are_counted(run):
     saved = changed(read_back(run), "config.run.seed", 7)
     saved = changed(saved, "deepspeed.train_batch_size", 128)

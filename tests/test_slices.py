@@ -20,6 +20,7 @@ from vqrae_ds.parallel.slices import (
     segments,
     split_of,
 )
+from vqrae_ds.planning import describe_plan, plan
 
 CASES = [
     ((12, 5), COLUMN, 3),
@@ -100,3 +101,15 @@ def test_batches_count_groups_and_not_ranks(tmp_path: Path):
     assert batch.in_words() == "8 = 2 micro x 2 accumulated x 2 groups of 3 ranks"
     with pytest.raises(ValueError, match=r"groups of 3 ranks = 2 x 3; .* run on 1, 2, 4 groups"):
         make_run(tmp_path, 1, deepspeed=deepspeed, world_size=9)
+
+
+@pytest.mark.parametrize(("stage", "more"), [(1, 0.0), (3, 4 * (1 / 2 - 1 / 4))])
+def test_the_plan_says_what_repeating_the_encoder_costs(tmp_path: Path, stage: int, more: float):
+    model = {"decoder": {"num_heads": 4}}
+    save_initial(tmp_path / "initial", model)
+    deepspeed = {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": stage}}
+    whole = plan(make_run(tmp_path, 1, deepspeed=deepspeed, world_size=4, model=model))
+    size = {"count": 10**9, "own": 10**9}
+    parts = (p._replace(**size) if p.name == "encoder" else p for p in whole.parts)
+    huge = whole._replace(parts=tuple(parts))
+    assert f", and {more:.2f} GB a GPU more than without" in describe_plan(huge, 4, 80)

@@ -5,6 +5,8 @@ K = 1000 codes and 64 hidden units do not divide by three; the three heads do.
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,7 +41,7 @@ def test_three_ranks_equal_one():
 
 
 def check_all(rank: int) -> None:
-    parts = sliced_parts(NUM_CODES, make_groups(RANKS))
+    parts = sliced_parts(NUM_CODES, make_groups(RANKS, timedelta(seconds=60)))
     check_simvq(parts, use_ties=False)
     check_simvq(parts, use_ties=True)
     check_tokens_that_are_not_finite(parts)
@@ -48,7 +50,7 @@ def check_all(rank: int) -> None:
 
 def check_simvq(parts: dict, *, use_ties: bool) -> None:
     whole, ours = make_simvq(), make_simvq(search=parts["search"], codebook=parts["codebook"])
-    place = make_groups(RANKS).place
+    place = make_groups(RANKS, timedelta(seconds=60)).place
     assert isinstance(ours.embedding, ShardedCodebook)
     if use_ties:
         plant_ties(whole)
@@ -95,7 +97,7 @@ def check_tokens_that_are_not_finite(parts: dict) -> None:
 
 
 def check_decoder(parts: dict) -> None:
-    place = make_groups(RANKS).place
+    place = make_groups(RANKS, timedelta(seconds=60)).place
     whole, ours = (make_decoder(**layers) for layers in ({}, {"layers": parts["layers"]}))
     for (name, theirs), mine in zip(whole.named_parameters(), ours.parameters(), strict=True):
         split = split_of(f"decoder.{name}")

@@ -50,6 +50,7 @@ def _take_from_first(vector: Tensor, engine: Any) -> Tensor:
         first = mine.clone()
         dist.broadcast(first, group=engine.mpu.get_model_parallel_group(), group_src=0)
         if len(own):
-            worst = torch.maximum(worst, (first - mine).abs().amax().float())
+            difference = (first - mine).nan_to_num()  # DeepSpeed's padding may hold anything
+            worst = torch.maximum(worst, difference.abs().amax().float())
         own.copy_(first)
     return worst
