@@ -50,7 +50,7 @@ def environment() -> dict[str, str]:
 
 
 def finish(
-    folder: Path, stage: int, *overrides: str, ranks: int = 2
+    folder: Path, stage: int, *overrides: str, ranks: int = 2, seconds: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """A run that ends by itself, however it ends."""
     return subprocess.run(
@@ -59,13 +59,13 @@ def finish(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=seconds,
     )
 
 
-def train(folder: Path, stage: int, *overrides: str, ranks: int = 2) -> str:
+def train(folder: Path, stage: int, *overrides: str, ranks: int = 2, seconds: float = 240) -> str:
     """What a run says that must succeed."""
-    done = finish(folder, stage, *overrides, ranks=ranks)
+    done = finish(folder, stage, *overrides, ranks=ranks, seconds=seconds)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 

@@ -2,7 +2,8 @@
 
 One half dies while it starts: as it hashes, resumes, or writes its frozen weights. The other half
 dies among its steps and saves. Every second start saves over a local folder. A few kills by
-default; VQRAE_KILL_DRILL=100 makes it a hundred, VQRAE_KILL_SEED other moments.
+default; VQRAE_KILL_DRILL=100 makes it a hundred, in 40 minutes on 2 cores (pytest -o timeout=7200),
+VQRAE_KILL_SEED other moments.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ KILLS = int(os.environ.get("VQRAE_KILL_DRILL", "3"))
 SEED = int(os.environ.get("VQRAE_KILL_SEED", "0"))
 SAVE_EVERY, STEPS = 2, 14 + 12 * KILLS  # the GAN begins at 10
 DEADLINE_SECONDS, END_SECONDS = 180, 120  # in which a start makes a step, and a job is over
+STRAIGHT_SECONDS = 240 + 2 * STEPS
 START_SECONDS = 6.0  # from the first process of a rank to its first step, about
 LONGEST_SECONDS = 3.0  # from the first step of a start to the kill: several saves
 
@@ -107,7 +109,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
     make_inputs(tmp_path)
     write_configs(tmp_path, lpips_weights)
     straight, run = tmp_path / "straight", tmp_path / "killed"
-    train(tmp_path, 1, *settings(straight))
+    train(tmp_path, 1, *settings(straight), seconds=STRAIGHT_SECONDS)
     moments, kills = random.Random(SEED), 0
     intervals, local_dir = 1, f"checkpoint.local_dir={tmp_path / 'node'}"
     while kills < KILLS:
@@ -124,7 +126,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
         assert last_step(run) - saved <= intervals * SAVE_EVERY, "no more than promised is lost"
     assert kills >= min(KILLS, 3), f"the run was over after {kills} kills"
     newest = newest_step(run)
-    assert resumed_from(train(tmp_path, 1, *settings(run))) == newest
+    assert resumed_from(train(tmp_path, 1, *settings(run), seconds=STRAIGHT_SECONDS)) == newest
     assert (run / DONE).exists()
 
     ours, theirs = find_step_folder(run), find_step_folder(straight)
