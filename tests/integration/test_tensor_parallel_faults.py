@@ -34,6 +34,14 @@ def state_of(setup: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.nan_to_num() for name, tensor in padded_state_of(setup).items()}
 
 
+def assert_skipped(setup: Any, images: torch.Tensor, step: int) -> None:
+    """A step of the trainer that is not taken, and leaves all as it was."""
+    setup.objective.settle()
+    before = state_of(setup)
+    assert not take(setup, images, step)
+    assert_equal(state_of(setup), before)
+
+
 def moments_of(engine: Any) -> dict[str, torch.Tensor]:
     from vqrae_ds.sharding.partitions import optimizer_state
 
@@ -70,10 +78,7 @@ def go_astray(rank: int, folder: Path) -> None:
         broken = images_of(2, data_rank)
         if data_rank == 1:
             broken[0, 0, 0, 0] = math.nan
-        setup.objective.settle()
-        before = state_of(setup)
-        assert not take(setup, broken, 2)
-        assert_equal(state_of(setup), before)
+        assert_skipped(setup, broken, 2)
         culprits = [(c.rank, c.name) for c in setup.guard.culprits]
         assert {rank for rank, _ in culprits} == {2}, "the group is named once"
         assert len(set(culprits)) == len(culprits)
@@ -101,10 +106,7 @@ def nan_inside_one_group(rank: int, folder: Path) -> None:
         broken = images_of(0, rank // 2)
         if rank == 3:
             broken[0, 0, 0, 0] = math.nan
-        setup.objective.settle()
-        before = state_of(setup)
-        assert not take(setup, broken, 0)
-        assert_equal(state_of(setup), before)
+        assert_skipped(setup, broken, 0)
         assert take(setup, images_of(1, rank // 2), 1)
 
 

@@ -168,39 +168,28 @@ def gradient_squares(engine: Any) -> dict[str, Tensor]:
     its first. They are 0-dim, fp32, on the engine's device, and made without
     waiting for it. Valid between `engine.backward` of a step's last micro batch and `engine.step`.
     """
-    groups = engine.optimizer.param_groups
     is_first = engine.mpu is None or engine.mpu.get_model_parallel_rank() == 0
+    groups, norms = parameter_groups(engine), _gradient_norms(engine.optimizer)
     squares = {g["part"]: torch.zeros((), device=engine.device) for g in groups}
-    for index, norms in _gradient_norms(engine.optimizer):
-        if norms and (is_first or groups[index].get("split")):
-            squares[groups[index]["part"]] += torch.stack(norms).square().sum()
+    for group, own in zip(groups, norms, strict=True):
+        if own and (is_first or group.get("split")):
+            squares[group["part"]] += torch.stack(own).square().sum()
     return squares
 
 
-class _GroupNorms(NamedTuple):
-    """Norms, 0-dim and fp32, of pieces that together are a rank's share of a parameter group."""
-
-    index: int
-    norms: list[Tensor]
-
-
-def _gradient_norms(optimizer: Any) -> list[_GroupNorms]:
+def _gradient_norms(optimizer: Any) -> list[list[Tensor]]:
+    """For each vector of `masters` the norms, 0-dim and fp32, of pieces that together make it."""
     if _is_bf16_optimizer(optimizer):
-        gradients = dict(enumerate([g] for g in optimizer.fp32_groups_gradient_flat_partition))
-        return [_GroupNorms(index, _norms(pieces)) for index, pieces in gradients.items()]
+        return [_norms([flat]) for flat in optimizer.fp32_groups_gradient_flat_partition]
     if _is_zero_3(optimizer):
         offloaded, members = optimizer.offload_optimizer, optimizer.fp16_groups
-        group_of = optimizer.sub_group_to_group_id
     else:
         offloaded, members = optimizer.cpu_offload, optimizer.params_in_partition
-        group_of = {index: index for index in range(len(members))}
     if offloaded:  # DeepSpeed takes each norm on the device, before the gradient goes to the host
         known = optimizer.norm_for_param_grads
         ids = [[optimizer.get_param_id(p) for p in parameters] for parameters in members]
-        norms = [[known[i].float() for i in own if i in known] for own in ids]
-    else:
-        norms = [_norms(optimizer.averaged_gradients[index]) for index in range(len(members))]
-    return [_GroupNorms(group_of[index], own) for index, own in enumerate(norms)]
+        return [[known[i].float() for i in own if i in known] for own in ids]
+    return [_norms(optimizer.averaged_gradients[index]) for index in range(len(members))]
 
 
 def _norms(gradients: list[Tensor] | None) -> list[Tensor]:
