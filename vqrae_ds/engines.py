@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 
 from vqrae_ds import watchdog
 from vqrae_ds.attention import choose_attention
+from vqrae_ds.code_search import choose_search
 from vqrae_ds.config import Run
 from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO, for_engine
 from vqrae_ds.determinism import make_deterministic
@@ -130,6 +131,7 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     if _has_fp32_masters_of_bf16(run):
         with failing_together():
             _set_masters(engine, sources)
+    _keep_codes(engine)
     set_learning_rate(engine, 0)  # else DeepSpeed takes the first step at 0 and is late by one
     return engine
 
@@ -141,6 +143,7 @@ def build_model(run: Run, groups: Groups | None = None) -> TrainingModel:
     """
     config, memory = run.config, run.config.memory
     attention = choose_attention(on_gpu=_on_gpu(), bf16=run.bf16)
+    search = choose_search(on_gpu=_on_gpu())
     torch.manual_seed(config.run.seed)
     # A module is partitioned as soon as it is built, so no process ever holds two of them whole;
     # nothing is drawn, because all is set later.
@@ -151,7 +154,7 @@ def build_model(run: Run, groups: Groups | None = None) -> TrainingModel:
             attention=attention,
             encoder_checkpointing=memory.encoder_checkpointing,
             decoder_checkpointing=memory.decoder_checkpointing,
-            **sliced_parts(config.model.num_embeddings, groups),
+            **sliced_parts(config.model.num_embeddings, groups, search),
         )
         teacher, distillation = None, config.losses.distillation
         if distillation is not None:
@@ -231,6 +234,17 @@ def fill_weights(
     with failing_together():
         if failed is not None:
             raise failed
+
+
+def _keep_codes(engine: DeepSpeedEngine) -> None:
+    """Have the codes projected once a step, and anew after it.
+
+    The base optimizer is the one place that every step passes through and a skipped one does not.
+    Loading a checkpoint (`sharding.loading`) is the only other change of weights.
+    """
+    quantizer = engine.module.vqrae.quantizer
+    quantizer.keep_codes()
+    engine.basic_optimizer.register_step_post_hook(lambda *_: quantizer.forget_codes())
 
 
 def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:

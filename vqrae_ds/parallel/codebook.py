@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vqrae_ds.models.quantizer import Search
 from vqrae_ds.models.simvq import FrozenCodebook
-from vqrae_ds.ops.nearest_code import nearest_code
+from vqrae_ds.ops.nearest_code import CodeNorms, nearest_code
 from vqrae_ds.parallel.groups import Groups
 from vqrae_ds.parallel.marks import mark_split
 from vqrae_ds.parallel.slices import COLUMN, bounds, own_slice
@@ -39,13 +39,13 @@ class ShardedCodebook(FrozenCodebook):
         self.weight.copy_(own_slice(whole_KD, COLUMN, self.groups.place))
 
     @torch.no_grad()
-    def forward(self, indices: Tensor | None = None) -> Tensor:
-        """The rows (*indices.shape, D) of the whole codebook, or those (k, D) of this rank.
+    def forward(self, indices: Tensor | slice) -> Tensor:
+        """The rows (*indices.shape, D) of the whole codebook, or a slice of those of this rank.
 
         With indices all ranks of the group call it together, with the same ones.
         """
-        if indices is None:
-            return super().forward()
+        if isinstance(indices, slice):
+            return super().forward(indices)
         position = indices - self.first
         is_held = (position >= 0) & (position < self.num_embeddings)
         rows = super().forward(torch.where(is_held, position, 0))
@@ -58,7 +58,7 @@ class GroupSearch:
     """The nearest of all ranks' codes; ties go to the lowest index, whatever the number of ranks.
 
     `search` finds the nearest of this rank's. The winners are compared in float64, by the distance
-    itself: what `search` computes may be rounded in another way for another number of codes.
+    itself.
     """
 
     def __init__(self, num_codes: int, groups: Groups, search: Search = nearest_code) -> None:
@@ -66,10 +66,13 @@ class GroupSearch:
         self.first = bounds(num_codes, groups.place).start
 
     @torch.no_grad()
-    def __call__(self, z_ND: Tensor, codes_kD: Tensor) -> Tensor:
-        """Indices (N,) int64 in the whole codebook, the same on all ranks of the group."""
-        index_N = self.search(z_ND, codes_kD)
-        distance_N = (z_ND.double() - codes_kD[index_N].double()).square().sum(1)
+    def __call__(self, z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
+        """Indices (N,) int64 in the whole codebook, the same on all ranks of the group.
+
+        Codes and norms are those of this rank.
+        """
+        index_N = self.search(z_ND, codes_KD, norms)
+        distance_N = (z_ND.double() - codes_KD[index_N].double()).square().sum(1)
         # An index is exact in float64, so that both travel in one tensor.
         mine_N2 = torch.stack([distance_N, (index_N + self.first).double()], 1)
         all_RN2 = mine_N2.new_empty(self.groups.place.size, *mine_N2.shape)
