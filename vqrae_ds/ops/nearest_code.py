@@ -34,7 +34,7 @@ CANDIDATES = 32  # that a screening keeps for each token
 # on a CPU (Higham, "Accuracy and Stability of Numerical Algorithms", 3.1), the matrix units of a
 # GPU truncate, and the codes' norms and the shift of the origin are rounded as well.
 ROUNDING_OF_A_TERM = 4 * 2.0**-24
-FEW_TERMS = 8  # so that it holds for a few dimensions too
+FEW_TERMS = 16  # so that it holds for a few dimensions too
 MARGIN = 1.01  # the norms that make the bound are rounded themselves
 ROUNDING_TO_BFLOAT16 = 2.0**-8
 
@@ -99,21 +99,13 @@ def nearest_code(z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms | None = None)
     return index_N
 
 
-def error_bound(
-    norm_n: Tensor, rounding_n: Tensor, norms: CodeNorms, dimensions: int, *, in_bfloat16: bool
-) -> Tensor:
-    """The error (n,) of the screened scores, from |z| and |z - bf16(z)| of each token.
+def error_bound(norm_n: Tensor, norms: CodeNorms, dimensions: int) -> Tensor:
+    """The error (n,) of scores that are summed in fp32, from |z - origin| of each token.
 
-    By the inequality of Cauchy and Schwarz. With z = z' + r and c = c' + s, primes for bf16:
-    <z, c> - <z', c'> = <z, s> + <r, c'>. What the sum rounds is the last term.
+    By the inequality of Cauchy and Schwarz: the terms sum to |z| |c| at most, signs left out.
     """
     largest = norms.largest
-    terms = dimensions + FEW_TERMS
-    bound_n = terms * ROUNDING_OF_A_TERM * largest * (norm_n + largest)
-    if in_bfloat16:
-        rounding = norms.largest_rounding
-        bound_n = bound_n + norm_n * rounding + rounding_n * (largest + rounding)
-    return MARGIN * bound_n
+    return (dimensions + FEW_TERMS) * ROUNDING_OF_A_TERM * MARGIN * largest * (norm_n + largest)
 
 
 def _search_tile(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
@@ -166,11 +158,13 @@ def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype
         indices_nM = torch.cat([indices_nM, positions_nm + first], 1)
         scores_nM, kept_nM = _smallest(scores_nM)
         indices_nM = indices_nM.gather(1, kept_nM)
-    is_rounded = dtype == torch.bfloat16
-    D = z_nD.shape[1]
-    bound_n = error_bound(norm_n, rounding_n, norms, D, in_bfloat16=is_rounded)
-    if is_rounded:  # the products come back in bf16
-        bound_n = bound_n + MARGIN * ROUNDING_TO_BFLOAT16 * largest_n
+    bound_n = error_bound(norm_n, norms, z_nD.shape[1])
+    if dtype == torch.bfloat16:
+        # With z = z' + r and c = c' + s, primes for bf16: <z, c> - <z', c'> = <z, s> + <r, c'>.
+        rounding = norms.largest_rounding
+        rounding_n = norm_n * rounding + rounding_n * (norms.largest + rounding)
+        # And the products come back in bf16.
+        bound_n = bound_n + MARGIN * (rounding_n + ROUNDING_TO_BFLOAT16 * largest_n)
     return Screened(scores_nM, indices_nM, bound_n)
 
 
