@@ -237,14 +237,14 @@ def fill_weights(
 
 
 def _keep_codes(engine: DeepSpeedEngine) -> None:
-    """Have the codes projected once a step, and anew after it.
+    """Have the codes projected once a step: they are forgotten when the weights are to change.
 
     The base optimizer is the one place that every step passes through and a skipped one does not.
-    Loading a checkpoint (`sharding.loading`) is the only other change of weights.
+    The other change of weights is the loading of a checkpoint, which does so itself.
     """
     quantizer = engine.module.vqrae.quantizer
     quantizer.keep_codes()
-    engine.basic_optimizer.register_step_post_hook(lambda *_: quantizer.forget_codes())
+    engine.basic_optimizer.register_step_pre_hook(lambda *_: quantizer.forget_codes())
 
 
 def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:

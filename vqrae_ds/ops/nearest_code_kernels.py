@@ -72,6 +72,8 @@ def screening_kernel(
             products_nk = tl.dot(z_nd, tl.trans(codes_kd), products_nk, input_precision="tf32x3")
         half_norms_k = tl.load(half_norms_K + k, mask=k < end, other=float("inf"))
         scores_nk = half_norms_k[None, :] - products_nk
+        # Of what is not a number no order is known.
+        scores_nk = tl.where(scores_nk == scores_nk, scores_nk, float("inf"))
         best_n, place_n = tl.min(scores_nk, 1, return_indices=True)
         is_best_nk = column_k[None, :] == place_n[:, None]
         others_n = tl.min(tl.where(is_best_nk, float("inf"), scores_nk), 1)
