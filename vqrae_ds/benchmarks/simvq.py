@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vqrae_ds.benchmarks.convert import measure
 from vqrae_ds.benchmarks.launch import choose_machine
-from vqrae_ds.benchmarks.simvq_peers import OURS, PEERS, Sizes, make, take_step, tokens
+from vqrae_ds.benchmarks.simvq_peers import OURS, PEERS, Quantize, Sizes, make, take_step, tokens
 from vqrae_ds.benchmarks.table import Report, Row, describe_machine
 from vqrae_ds.models.simvq import SimVQ
 
@@ -89,7 +89,7 @@ def _compare_times(number: int, rounds: int, sizes: Sizes) -> tuple[Row, dict[st
     return row, {n: [round(1e3 * s, 1) for s in times] for n, times in seconds.items()}
 
 
-def _step_of(quantize: Callable[[Tensor], Any], z_1ND: Tensor) -> Callable[[], Any]:
+def _step_of(quantize: Quantize, z_1ND: Tensor) -> Callable[[], Any]:
     return lambda: take_step(quantize, z_1ND)
 
 

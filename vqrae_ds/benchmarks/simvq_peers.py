@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqrae_ds.models.quantizer import QuantizerOutput
 from vqrae_ds.models.simvq import SimVQ
 
 OURS, LIBRARY, TEXTBOOK = "ours", "vector-quantize-pytorch", "textbook"
@@ -30,12 +31,7 @@ class Sizes(NamedTuple):
     dim: int = 1536
 
 
-class Quantized(NamedTuple):
-    """Value (1, N, D) with the straight-through gradient, loss, and indices (1, N)."""
-
-    value: Tensor
-    loss: Tensor
-    indices: Tensor
+Quantize = Callable[[Tensor], QuantizerOutput]  # of tokens (1, N, D)
 
 
 class Textbook(nn.Module):
@@ -51,7 +47,7 @@ class Textbook(nn.Module):
         self.embedding.weight.requires_grad_(False)
         self.projection = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, z_1ND: Tensor) -> Quantized:
+    def forward(self, z_1ND: Tensor) -> QuantizerOutput:
         codes_KD = self.projection(self.embedding.weight)
         z_ND = z_1ND[0]
         distances_NK = (
@@ -62,15 +58,15 @@ class Textbook(nn.Module):
         index_N = distances_NK.argmin(1)
         code_1ND = codes_KD[index_N][None]
         loss = F.mse_loss(code_1ND.detach(), z_1ND) + 0.25 * F.mse_loss(code_1ND, z_1ND.detach())
-        return Quantized(z_1ND + (code_1ND - z_1ND).detach(), loss, index_N[None])
+        return QuantizerOutput(z_1ND + (code_1ND - z_1ND).detach(), loss, index_N[None])
 
 
-def make(name: str, sizes: Sizes) -> Callable[[Tensor], Quantized]:
+def make(name: str, sizes: Sizes) -> Quantize:
     """One of the three, its weights the same at every call and for every name."""
     torch.manual_seed(0)
     ours = SimVQ(*sizes, bias=False)
     if name == OURS:
-        return lambda z_1ND: Quantized(*ours(z_1ND))
+        return ours
     if name == TEXTBOOK:
         textbook = Textbook(*sizes)
         textbook.embedding.weight.data = ours.embedding.weight.data
@@ -82,9 +78,9 @@ def make(name: str, sizes: Sizes) -> Callable[[Tensor], Quantized]:
     library.frozen_codebook = ours.embedding.weight.data
     library.code_transform.weight.data = ours.embedding_proj.weight.data
 
-    def quantize(z_1ND: Tensor) -> Quantized:
+    def quantize(z_1ND: Tensor) -> QuantizerOutput:
         value, indices, loss = library(z_1ND)
-        return Quantized(value, loss, indices)
+        return QuantizerOutput(value, loss, indices)
 
     return quantize
 
@@ -94,10 +90,10 @@ def tokens(number: int, dim: int) -> Tensor:
     return torch.randn(1, number, dim, generator=torch.Generator().manual_seed(1))
 
 
-def take_step(quantize: Callable[[Tensor], Quantized], z_1ND: Tensor) -> Tensor:
+def take_step(quantize: Quantize, z_1ND: Tensor) -> Tensor:
     """Forward and backward, for the gradients of tokens and projection; the indices (1, N)."""
     found = quantize(z_1ND.clone().requires_grad_())
-    (found.value.sum() + found.loss).backward()
+    (found.z_q.sum() + found.vq_loss).backward()
     return found.indices
 
 
