@@ -1,4 +1,4 @@
-"""When SimVQ projects its codes: at each call, or after a promise once and until they are forgotten.
+"""When SimVQ projects its codes: at each call, or after a promise once, until they are forgotten.
 
 Real engines keep the promise in tests/integration/test_kept_codes.py.
 """

@@ -13,6 +13,7 @@ from tests.distributed import run_ranks
 from vqrae_ds.config import DecoderConfig
 from vqrae_ds.models.decoder import Decoder
 from vqrae_ds.models.simvq import SimVQ
+from vqrae_ds.ops.nearest_code import nearest_code
 from vqrae_ds.parallel.codebook import ShardedCodebook
 from vqrae_ds.parallel.groups import make_groups
 from vqrae_ds.parallel.marks import is_split
@@ -39,7 +40,7 @@ def test_three_ranks_equal_one():
 
 
 def check_all(rank: int) -> None:
-    parts = sliced_parts(NUM_CODES, make_groups(RANKS))
+    parts = sliced_parts(NUM_CODES, make_groups(RANKS), nearest_code)
     check_simvq(parts, use_ties=False)
     check_simvq(parts, use_ties=True)
     check_tokens_that_are_not_finite(parts)
