@@ -35,9 +35,9 @@ class FrozenCodebook(nn.Embedding):
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
 
     def forward(self, indices: Tensor | slice) -> Tensor:
-        """The vectors (*indices.shape, D), or a slice of those that are held here."""
+        """The vectors (*indices.shape, D), or a slice of those that are held here, not copied."""
         if isinstance(indices, slice):
-            indices = torch.arange(self.num_embeddings, device=self.weight.device)[indices]
+            return self.weight.detach()[indices]
         return super().forward(indices)
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE_TOKENS = 4096
+TILE_TOKENS = 2048
 TILE_CODES = 2048
 TILE_PAIRS = 512
 CANDIDATES = 32  # that a screening keeps for each token

@@ -139,8 +139,7 @@ def code_bytes(model: ModelConfig, size: int, tensor_size: int = 1) -> float:
 def search_bytes(model: ModelConfig, images: int, size: int, tensor_size: int = 1) -> float:
     """The search of the nearest codes beside `code_bytes`, without gradient.
 
-    SimVQ takes the frozen codes of the rank out of the table, to project them. Then the search goes
-    tile by tile, in PyTorch: the kernels of ops/nearest_code_triton.py take next to nothing.
+    It goes tile by tile in PyTorch; the kernels of ops/nearest_code_triton.py take next to nothing.
     It first moves and rounds the tokens. While the next tile of codes is moved and rounded, the
     last one and its scores are still there, and these too while the next scores are made.
     """
@@ -151,8 +150,7 @@ def search_bytes(model: ModelConfig, images: int, size: int, tensor_size: int = 
     new_codes = BF16 * n * width + (BF16 + moved) * k * width + (BF16 + FP32) * n * k
     scores = BF16 * (n + k) * width + (BF16 + 2 * FP32) * n * k
     norms = (FP32 + moved) * k * width
-    table = codes * width * size if model.use_simvq else 0
-    return max(table, tokens, new_codes, scores, norms)
+    return max(tokens, new_codes, scores, norms)
 
 
 def _between(run: Run, images: int, size: int) -> float:
