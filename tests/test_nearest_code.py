@@ -216,6 +216,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(module, "TILE_TOKENS", 32)
     monkeypatch.setattr(module, "TILE_CODES", 64)
+    monkeypatch.setattr(module, "TILE_NORMS", 64)
     z_ND, codes_KD = (t.to(dtype) for t in make_inputs("random", 200, 300, 16))
     with LargestTensor() as largest:
         nearest_code(z_ND, codes_KD)

@@ -25,9 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE_TOKENS = 2048
+TILE_TOKENS = 1024
 TILE_CODES = 2048
-TILE_PAIRS = 512
+TILE_PAIRS = 128
+TILE_NORMS = 512  # codes
 CANDIDATES = 32  # that a screening keeps for each token
 
 # Of a sum of D products in fp32, relative to |z| |c|, each term rounded four times: once would do
@@ -69,9 +70,11 @@ def code_norms(codes_KD: Tensor) -> CodeNorms:
         origin_D = torch.zeros_like(origin_D)
     half_norms_K = torch.empty(len(codes_KD), dtype=torch.float32, device=codes_KD.device)
     largest_rounding = half_norms_K.new_zeros(())
-    for first in range(0, len(codes_KD), TILE_CODES):
-        moved_kD = codes_KD[first : first + TILE_CODES].float() - origin_D
-        half_norms_K[first : first + TILE_CODES] = moved_kD.square().sum(1) / 2
+    for codes_kD, half_norms_k in zip(
+        codes_KD.split(TILE_NORMS), half_norms_K.split(TILE_NORMS), strict=True
+    ):
+        moved_kD = codes_kD.float() - origin_D
+        half_norms_k.copy_(moved_kD.square().sum(1) / 2)
         rounding_k = (moved_kD - moved_kD.bfloat16()).norm(dim=1)
         largest_rounding = torch.maximum(largest_rounding, rounding_k.max())
     largest = (2 * half_norms_K.max()).sqrt()
@@ -149,11 +152,11 @@ def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype
     largest_n = torch.zeros_like(norm_n)
     for first in range(0, len(codes_KD), TILE_CODES):
         tile = slice(first, first + TILE_CODES)
-        codes_kD = (codes_KD[tile].float() - norms.origin_D).to(dtype)
-        products_nk = rounded_nD @ codes_kD.T
+        half_norms_k = norms.half_norms_K[tile]
+        products_nk = _products(rounded_nD, codes_KD[tile], norms.origin_D)
         largest_n = torch.maximum(largest_n, products_nk.abs().amax(1))
-        scores_nk = norms.half_norms_K[tile] - products_nk
-        scores_nm, positions_nm = _smallest(scores_nk)
+        scores_nm, positions_nm = _smallest(half_norms_k - products_nk)
+        del products_nk  # before the next ones are made
         scores_nM = torch.cat([scores_nM, scores_nm], 1)
         indices_nM = torch.cat([indices_nM, positions_nm + first], 1)
         scores_nM, kept_nM = _smallest(scores_nM)
@@ -166,6 +169,11 @@ def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype
         # And the products come back in bf16.
         bound_n = bound_n + MARGIN * (rounding_n + ROUNDING_TO_BFLOAT16 * largest_n)
     return Screened(scores_nM, indices_nM, bound_n)
+
+
+def _products(rounded_nD: Tensor, codes_kD: Tensor, origin_D: Tensor) -> Tensor:
+    """Of tokens and the codes of a tile (n, k), both moved and in the dtype of the tokens."""
+    return rounded_nD @ (codes_kD.float() - origin_D).to(rounded_nD.dtype).T
 
 
 def _smallest(scores_nk: Tensor) -> tuple[Tensor, Tensor]:

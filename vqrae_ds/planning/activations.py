@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vqrae_ds.config import ModelConfig, Run
-from vqrae_ds.ops.nearest_code import TILE_CODES, TILE_TOKENS
+from vqrae_ds.ops.nearest_code import TILE_CODES, TILE_NORMS, TILE_TOKENS
 from vqrae_ds.planning.blocks import (
     FP32,
     Block,
@@ -140,16 +140,15 @@ def search_bytes(model: ModelConfig, images: int, size: int, tensor_size: int = 
     """The search of the nearest codes beside `code_bytes`, without gradient.
 
     It goes tile by tile in PyTorch; the kernels of ops/nearest_code_triton.py take next to nothing.
-    It first moves and rounds the tokens. While the next tile of codes is moved and rounded, the
-    last one and its scores are still there, and these too while the next scores are made.
+    It moves and rounds the tokens, then a tile of codes, and makes of both products and scores.
     """
     codes, width = -(-model.num_embeddings // tensor_size), model.embedding_dim
     n, k = min(TILE_TOKENS, images * model.grid_side**2), min(TILE_CODES, codes)
     tokens = (2 * FP32 + BF16) * n * width
     moved = FP32 + (FP32 if size < FP32 else BF16)  # of a code, in fp32 and to or from bf16
-    new_codes = BF16 * n * width + (BF16 + moved) * k * width + (BF16 + FP32) * n * k
-    scores = BF16 * (n + k) * width + (BF16 + 2 * FP32) * n * k
-    norms = (FP32 + moved) * k * width
+    new_codes = BF16 * n * width + moved * k * width
+    scores = BF16 * n * width + (BF16 + FP32) * n * k
+    norms = (FP32 + moved) * min(TILE_NORMS, codes) * width
     return max(tokens, new_codes, scores, norms)
 
 
