@@ -27,6 +27,7 @@ from vqrae_ds.config import Run
 class FileEngine:
     """Saves one number in the way of a DeepSpeed engine; nothing of it is frozen."""
 
+    mpu = None  # no tensor-parallel group
     checkpoint_engine = None  # it has no writer of its own that ours could take the place of
 
     def __init__(self, value: int = 0, module: nn.Module | None = None) -> None:

@@ -52,7 +52,7 @@ def test_a_run_whose_records_cannot_be_written_does_not_begin(one_rank, tmp_path
         for step in range(1, steps_before + 2):
             RunLog(disk, step=step - 1).write(step, ENTRY)
         leave(disk, Level(inodes=0))
-        setup = setup_of(None, None, None)._replace(ranks=SimpleNamespace(rank=0))
+        setup = setup_of(None, None, None)._replace(ranks=SimpleNamespace(rank=0, tensor_size=1))
         setup = setup._replace(state=setup.state._replace(step=steps_before))
         with pytest.raises(TrainingStopped, match="records of the run cannot .*No space left"):
             _begin_records(run, setup)

@@ -52,6 +52,8 @@ DEEPSPEED = {
 class PlainEngine(nn.Module):
     """What a DeepSpeed engine looks like from outside."""
 
+    mpu = None
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module

@@ -2,7 +2,7 @@
 
 One half dies while it starts: as it hashes, resumes, or writes its frozen weights. The other half
 dies among its steps and saves. Every second start saves over a local folder. A few kills by
-default; VQRAE_KILL_DRILL=100 makes it a hundred, in 40 minutes on 2 cores (pytest -o timeout=7200),
+default; VQRAE_KILL_DRILL=100 makes it a hundred, for which pytest needs -o timeout=7200,
 VQRAE_KILL_SEED other moments.
 """
 

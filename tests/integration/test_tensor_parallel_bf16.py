@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 4
 PATH_BOUND = 0.1  # of the way that a tensor goes: |tp 2 - tp 1| / |tp 1 - first|
-SGD = {"type": "SGD", "params": {"lr": 0.5}}
+SGD = {"type": "SGD", "params": {"lr": 0.05}}
 SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 KINDS = {
     "zero1-sums": {"zero_optimization": {"stage": 1}, **SUMS},
