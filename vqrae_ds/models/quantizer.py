@@ -155,6 +155,8 @@ class Quantizer(nn.Module):
 
     def finish_step(self, *, is_taken: bool) -> None:
         """A training step has ended; one that is not taken must leave no trace in the codes."""
+        if is_taken:
+            self.forget_codes()
 
     def check_finite(self, z_BND: Tensor) -> None:
         """Raise `ValueError` where a value is not finite. Reads back from the device."""

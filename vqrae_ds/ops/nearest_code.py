@@ -38,6 +38,7 @@ ROUNDING_OF_A_TERM = 4 * 2.0**-24
 FEW_TERMS = 16  # so that it holds for a few dimensions too
 MARGIN = 1.01  # the norms that make the bound are rounded themselves
 ROUNDING_TO_BFLOAT16 = 2.0**-8
+SAME = 1 + 2.0**-40  # distances in float64 no further apart are tied: sums differ by their order
 
 
 class CodeNorms(NamedTuple):
@@ -115,7 +116,8 @@ def _search_tile(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
     """Indices (n,) of the nearest codes of a tile of tokens."""
     index_n = torch.zeros(len(z_nD), dtype=torch.int64, device=z_nD.device)
     left_n, tokens_nD = torch.arange(len(z_nD), device=z_nD.device), z_nD
-    for dtype in _screening_dtypes(z_nD.device.type, torch.get_float32_matmul_precision()):
+    device_type = z_nD.device.type
+    for dtype in _screening_dtypes(device_type, _rounds_fp32(device_type)):
         screened = _screen(tokens_nD, codes_KD, norms, dtype)
         index_n[left_n], is_crowded_n = _settle(tokens_nD, codes_KD, screened)
         left_n = left_n[is_crowded_n]
@@ -127,18 +129,24 @@ def _search_tile(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
 
 
 @functools.cache
-def _screening_dtypes(device_type: str, float32_precision: str) -> tuple[torch.dtype, ...]:
+def _screening_dtypes(device_type: str, rounds_fp32: bool) -> tuple[torch.dtype, ...]:
     """In which to screen, one after the other: bf16 first, where the machine multiplies it faster.
 
     Where torch is told to round fp32 in matrix products, they are no better than those in bf16.
     """
-    if float32_precision != "highest":
+    if rounds_fp32:
         return (torch.bfloat16,)
     if device_type == "cpu":
         known = torch.cpu.get_capabilities()
         if not (known.get("avx512_bf16") or known.get("amx_bf16")):
             return (torch.float32,)
     return (torch.bfloat16, torch.float32)
+
+
+def _rounds_fp32(device_type: str) -> bool:
+    """Whether torch is told to round fp32 in matrix products, by its older or its newer switch."""
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision not in ("none", "ieee")
 
 
 def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype) -> Screened:
@@ -154,7 +162,8 @@ def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype
         tile = slice(first, first + TILE_CODES)
         half_norms_k = norms.half_norms_K[tile]
         products_nk = _products(rounded_nD, codes_KD[tile], norms.origin_D)
-        largest_n = torch.maximum(largest_n, products_nk.abs().amax(1))
+        if products_nk.dtype == torch.bfloat16:
+            largest_n = torch.maximum(largest_n, products_nk.abs().amax(1))
         scores_nm, positions_nm = _smallest(half_norms_k - products_nk)
         del products_nk  # before the next ones are made
         scores_nM = torch.cat([scores_nM, scores_nm], 1)
@@ -166,14 +175,21 @@ def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype
         # With z = z' + r and c = c' + s, primes for bf16: <z, c> - <z', c'> = <z, s> + <r, c'>.
         rounding = norms.largest_rounding
         rounding_n = norm_n * rounding + rounding_n * (norms.largest + rounding)
-        # And the products come back in bf16.
+        # And the products may come back in bf16, rounded once.
         bound_n = bound_n + MARGIN * (rounding_n + ROUNDING_TO_BFLOAT16 * largest_n)
     return Screened(scores_nM, indices_nM, bound_n)
 
 
 def _products(rounded_nD: Tensor, codes_kD: Tensor, origin_D: Tensor) -> Tensor:
-    """Of tokens and the codes of a tile (n, k), both moved and in the dtype of the tokens."""
-    return rounded_nD @ (codes_kD.float() - origin_D).to(rounded_nD.dtype).T
+    """Of tokens and the codes of a tile (n, k), both moved and in the dtype of the tokens.
+
+    In fp32 on a GPU: cuBLAS may add up partial sums that it has rounded to bf16, each of which may
+    be far larger than the sum.
+    """
+    moved_Dk = (codes_kD.float() - origin_D).to(rounded_nD.dtype).T
+    if rounded_nD.is_cuda and rounded_nD.dtype == torch.bfloat16:
+        return torch.mm(rounded_nD, moved_Dk, out_dtype=torch.float32)
+    return rounded_nD @ moved_Dk
 
 
 def _smallest(scores_nk: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +211,7 @@ def _settle(z_nD: Tensor, codes_KD: Tensor, screened: Screened) -> tuple[Tensor,
         codes_pD = codes_KD[indices_nM[token_p, candidate_p]]
         difference_pD = z_nD[token_p].double() - codes_pD.double()
         distances_nM[token_p, candidate_p] = difference_pD.square().sum(1)
-    is_nearest_nM = distances_nM == distances_nM.amin(1, keepdim=True)
+    is_nearest_nM = distances_nM <= SAME * distances_nM.amin(1, keepdim=True)
     lowest_n = torch.where(is_nearest_nM, indices_nM, len(codes_KD)).amin(1)
     return torch.where(is_tied_n, lowest_n, indices_nM[:, 0]), is_crowded_n
 
