@@ -149,16 +149,18 @@ def test_torch_may_be_told_to_round_matrix_products() -> None:
             torch.set_float32_matmul_precision(before)
 
 
-def test_nor_does_it_matter_by_which_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nor_does_it_matter_by_which_switch() -> None:
     """Once the newer one is used, torch refuses to say what the older one stands at."""
     z_ND, codes_KD = make_inputs("clustered", 100, 300, 64)
     expected_N = nearest_code(z_ND, codes_KD)
     switches = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
     for device_type, switch in switches.items():
-        monkeypatch.setattr(switch, "fp32_precision", "tf32")
-        assert module._rounds_fp32(device_type)
-        assert torch.equal(nearest_code(z_ND, codes_KD), expected_N)
-        monkeypatch.setattr(switch, "fp32_precision", "ieee")
+        switch.fp32_precision = "tf32"
+        try:
+            assert module._rounds_fp32(device_type)
+            assert torch.equal(nearest_code(z_ND, codes_KD), expected_N)
+        finally:
+            switch.fp32_precision = "ieee"  # what nothing was told means
         assert not module._rounds_fp32(device_type)
 
 
