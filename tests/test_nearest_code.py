@@ -43,6 +43,14 @@ def assert_nearest(index_N: Tensor, z_ND: Tensor, codes_KD: Tensor) -> None:
     assert (index_N != expected_N).float().mean() <= 0.01, "more ties than rounding explains"
 
 
+def exact(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
+    """The lowest index at the smallest distance, in float64 from the differences."""
+    z_ND, codes_KD = z_ND.double(), codes_KD.double()
+    distance_NK = (z_ND[:, None] - codes_KD).square().sum(2)
+    is_nearest_NK = distance_NK == distance_NK.amin(1, keepdim=True)
+    return torch.where(is_nearest_NK, torch.arange(len(codes_KD)), len(codes_KD)).amin(1)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(module, "TILE_TOKENS", 7)
@@ -82,6 +90,87 @@ def test_a_repeated_code_is_never_found_twice(small_tiles: None) -> None:
     for K, D in ((10, 12), (37, 24), (50, 100)):
         z_ND, codes_KD = make_inputs("random", 30, K, D)
         assert nearest_code(z_ND, codes_KD.repeat(3, 1)).max() < K
+
+
+SCREENINGS = [(), (torch.bfloat16,), (torch.float32,), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize("dtypes", SCREENINGS, ids=["float64", "bf16", "fp32", "bf16 and fp32"])
+@pytest.mark.parametrize("kind", ["random", "clustered", "shared offset", "near ties", "repeated"])
+def test_the_way_to_the_result_does_not_matter(
+    small_tiles: None, monkeypatch: pytest.MonkeyPatch, kind: str, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Among codes that fp32 cannot tell apart too, and more of them than a screening keeps."""
+    monkeypatch.setattr(module, "_screening_dtypes", lambda *_: dtypes)
+    z_ND, codes_KD = make_inputs(kind, 40, 200, 24)
+    if kind == "near ties":
+        codes_KD[50:150] = codes_KD[0] + 1e-7 * codes_KD[50:150]
+        z_ND[:20] = codes_KD[0] + 1e-2 * z_ND[:20]
+    if kind == "repeated":
+        codes_KD = codes_KD[:4].repeat(50, 1)
+    index_N, expected_N = nearest_code(z_ND, codes_KD), exact(z_ND, codes_KD)
+    if kind == "near ties":  # with so little between them that float64 rounds the products
+        found, expected = (
+            (z_ND.double() - codes_KD[n].double()).square().sum(1) for n in (index_N, expected_N)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        assert (index_N == expected_N).float().mean() > 0.9
+    else:
+        assert torch.equal(index_N, expected_N)
+
+
+def test_each_way_is_taken(small_tiles: None) -> None:
+    """Else the test above would say nothing: the screenings settle some tokens, and not others."""
+    z_ND, codes_KD = make_inputs("random", 40, 200, 24)
+    codes_KD[50:150] = codes_KD[0] + 1e-4 * codes_KD[50:150]
+    codes_KD[100:150] = codes_KD[0] + 1e-4 * codes_KD[100:150]
+    z_ND[:20] = codes_KD[0] + 1e-2 * z_ND[:20]
+    norms, crowded = module.code_norms(codes_KD), []
+    for dtype in (torch.bfloat16, torch.float32):
+        screened = module._screen(z_ND, codes_KD, norms, dtype)
+        near_N = (
+            screened.scores_nM <= screened.scores_nM[:, :1] + 2 * screened.bound_n[:, None]
+        ).sum(1)
+        assert (near_N > 1).any() and (near_N == 1).any()
+        crowded.append(int(module._settle(z_ND, codes_KD, screened)[1].sum()))
+    assert crowded[0] >= crowded[1] > 0
+    assert torch.equal(nearest_code(z_ND, codes_KD), exact(z_ND, codes_KD))
+
+
+def test_torch_may_be_told_to_round_matrix_products() -> None:
+    z_ND, codes_KD = make_inputs("clustered", 100, 300, 64)
+    expected_N = nearest_code(z_ND, codes_KD)
+    before = torch.get_float32_matmul_precision()
+    for precision in ("medium", "high"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            assert torch.equal(nearest_code(z_ND, codes_KD), expected_N)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def test_nor_does_it_matter_by_which_switch() -> None:
+    """Once the newer one is used, torch refuses to say what the older one stands at."""
+    z_ND, codes_KD = make_inputs("clustered", 100, 300, 64)
+    expected_N = nearest_code(z_ND, codes_KD)
+    switches = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}
+    for device_type, switch in switches.items():
+        switch.fp32_precision = "tf32"
+        try:
+            assert module._rounds_fp32(device_type)
+            assert torch.equal(nearest_code(z_ND, codes_KD), expected_N)
+        finally:
+            switch.fp32_precision = "ieee"  # what nothing was told means
+        assert not module._rounds_fp32(device_type)
+
+
+def test_given_norms_change_nothing() -> None:
+    z_ND, codes_KD = make_inputs("shared offset", 100, 300, 64)
+    norms = module.code_norms(codes_KD)
+    assert torch.equal(nearest_code(z_ND, codes_KD, norms), nearest_code(z_ND, codes_KD))
+    moved_KD = codes_KD.double() - codes_KD[0].double()
+    torch.testing.assert_close(norms.half_norms_K, (moved_KD.square().sum(1) / 2).float())
+    torch.testing.assert_close(norms.largest, moved_KD.norm(dim=1).max().float())
 
 
 def test_bfloat16_inputs_are_compared_in_fp32() -> None:
@@ -142,6 +231,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(module, "TILE_TOKENS", 32)
     monkeypatch.setattr(module, "TILE_CODES", 64)
+    monkeypatch.setattr(module, "TILE_NORMS", 64)
     z_ND, codes_KD = (t.to(dtype) for t in make_inputs("random", 200, 300, 16))
     with LargestTensor() as largest:
         nearest_code(z_ND, codes_KD)

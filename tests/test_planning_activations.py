@@ -24,6 +24,7 @@ from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.simvq import SimVQ
 from vqrae_ds.planning import plan
 from vqrae_ds.planning.activations import (
+    code_bytes,
     decoder_block,
     encoder_block,
     head_bytes,
@@ -251,4 +252,17 @@ def test_what_the_search_of_codes_needs(dtype: torch.dtype) -> None:
     z_BND = torch.randn(IMAGES, config.grid_side**2, 96, dtype=dtype)
     with Storages(given(quantizer, z_BND)) as storages:
         quantizer.find_codes(z_BND)
-    assert storages.peak == pytest.approx(search_bytes(config, IMAGES, dtype.itemsize), rel=0.1)
+    size = dtype.itemsize
+    planned = code_bytes(config, size) + search_bytes(config, IMAGES, size)
+    assert storages.peak == pytest.approx(planned, rel=0.1)
+
+
+def test_kept_codes_are_divided_over_a_tensor_parallel_group() -> None:
+    config = model_of().model_copy(update={"num_embeddings": 1000, "embedding_dim": 96})
+    quantizer = SimVQ(1000, 96)
+    quantizer.keep_codes()
+    with Storages(given(quantizer)) as storages:
+        quantizer.searched_codes()
+        kept = storages.live
+    assert kept == pytest.approx(code_bytes(config, 4), rel=0.01)
+    assert code_bytes(config, 4, tensor_size=3) == 334 * (96 * 4 + 4)

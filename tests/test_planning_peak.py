@@ -41,10 +41,11 @@ def test_the_sum_by_hand_at_6b() -> None:
     assert peak.gathered == pytest.approx(2 * 1e9, rel=0.01)
     assert peak.buckets == 2 * 2 * 5e8
     lpips = 8 * 224**2 * (270 + 90 + 2 * 122 + 3 * 122) * 4
-    assert peak.activations == pytest.approx(45 * 2 * 8 * 256 * 3200 + lpips, rel=0.1)
+    codes = 16384 * (2 * 1536 + 4)  # projected, in bf16, and a norm in fp32
+    assert peak.activations == pytest.approx(45 * 2 * 8 * 256 * 3200 + lpips + codes, rel=0.1)
     more = "deepspeed.train_micro_batch_size_per_gpu=16"
     doubled = peak_bytes(plan(run_of("internvit_6b/stage1", more)), 8)
-    assert doubled.activations == pytest.approx(2 * peak.activations, rel=0.01)
+    assert doubled.activations - codes == pytest.approx(2 * (peak.activations - codes), rel=0.01)
 
 
 def test_buffers_follow_the_json() -> None:

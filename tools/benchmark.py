@@ -6,12 +6,15 @@
               DeepSpeed's save_checkpoint of the same engines (2 ranks, about 2 minutes)
   convert     tools/convert_checkpoint.py against DeepSpeed's zero_to_fp32 on the same ZeRO-3
               checkpoint of 8 ranks: processor time, memory (about 3 minutes and 6 GB of disk)
+  simvq       SimVQ against vector-quantize-pytorch's and the textbook's, forward and backward on
+              the CPU: time, memory, the right codes; on a GPU the kernel (about 4 minutes)
 
 examples:
   python tools/benchmark.py step
   python tools/benchmark.py step --cases stage2 --pairs 200 --json step.json
   python tools/benchmark.py checkpoint --folder /lustre/me --local-dir /nvme/me
   python tools/benchmark.py convert --parameters 5e8 --folder /scratch
+  python tools/benchmark.py simvq --rounds 15
 
 Each row has ours, the peer's, and ratio = ours / peer; where the peer is 0 there is no ratio.
 """
@@ -29,13 +32,48 @@ from vqrae_ds.command_line import OneLineParser, run_tool
 
 def main() -> None:
     """Parse the command line, run one benchmark, print its rows and write them where asked."""
+    args = make_parser().parse_args()
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
+    run_one = {
+        "step": run_step,
+        "checkpoint": run_checkpoint,
+        "convert": run_convert,
+        "simvq": run_simvq,
+    }
+    report = run_one[args.name](args)
+    print(as_text(report))
+    for name, details in report.details.items():
+        print(f"{name}: {json.dumps(details)}")
+    if args.json is not None:
+        args.json.write_text(as_json(report))
+
+
+def make_parser() -> OneLineParser:
+    """The command line, a subcommand a benchmark."""
     help_of_all = {
         "description": __doc__,
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
     parser = OneLineParser(**help_of_all)
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    step = names.add_parser("step", **help_of_all)
+    add_options = {
+        "step": add_step_options,
+        "checkpoint": add_checkpoint_options,
+        "convert": add_convert_options,
+        "simvq": add_simvq_options,
+    }
+    for name, add in add_options.items():
+        parser_of_one = names.add_parser(name, **help_of_all)
+        add(parser_of_one)
+        parser_of_one.add_argument(
+            "--json", type=Path, metavar="FILE", help="write the rows here too"
+        )
+    return parser
+
+
+def add_step_options(step: argparse.ArgumentParser) -> None:
+    """Of `run_step`."""
     cases = ("stage1_gan", "stage2")
     step.add_argument("--cases", nargs="+", choices=cases, default=cases, help="default: both")
     step.add_argument(
@@ -51,7 +89,10 @@ def main() -> None:
         metavar="N",
         help="images a rank and step: how long a step is (default: 8 on CPUs, 64 on GPUs)",
     )
-    checkpoint = names.add_parser("checkpoint", **help_of_all)
+
+
+def add_checkpoint_options(checkpoint: argparse.ArgumentParser) -> None:
+    """Of `run_checkpoint`."""
     checkpoint.add_argument(
         "--rounds",
         type=int,
@@ -68,7 +109,10 @@ def main() -> None:
             metavar="DIR",
             help=f"where {what} is made (default: %(default)s)",
         )
-    convert = names.add_parser("convert", **help_of_all)
+
+
+def add_convert_options(convert: argparse.ArgumentParser) -> None:
+    """Of `run_convert`."""
     convert.add_argument(
         "--parameters",
         nargs="+",
@@ -78,21 +122,17 @@ def main() -> None:
         help="sizes of the models, about (default: 125e6 250e6 500e6)",
     )
     convert.add_argument("--folder", type=Path, help="where to make the files, and remove them")
-    for parser_of_one in (step, checkpoint, convert):
-        parser_of_one.add_argument(
-            "--json", type=Path, metavar="FILE", help="write the rows here too"
-        )
-    args = parser.parse_args()
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
 
-    run_one = {"step": run_step, "checkpoint": run_checkpoint, "convert": run_convert}
-    report = run_one[args.name](args)
-    print(as_text(report))
-    for name, details in report.details.items():
-        print(f"{name}: {json.dumps(details)}")
-    if args.json is not None:
-        args.json.write_text(as_json(report))
+
+def add_simvq_options(simvq: argparse.ArgumentParser) -> None:
+    """Of `run_simvq`."""
+    simvq.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        metavar="N",
+        help="timed steps of each implementation (default: %(default)s)",
+    )
 
 
 def run_step(args: argparse.Namespace) -> Report:
@@ -131,6 +171,15 @@ def run_convert(args: argparse.Namespace) -> Report:
 
     tool = Path(__file__).with_name("convert_checkpoint.py")
     return measure_convert(tool, args.parameters, args.folder)
+
+
+def run_simvq(args: argparse.Namespace) -> Report:
+    """The benchmark `simvq`."""
+    if args.rounds < 2:
+        raise ValueError(f"--rounds {args.rounds} has no spread: 2 or more")
+    from vqrae_ds.benchmarks.simvq import measure_simvq
+
+    return measure_simvq(args.rounds)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 
 from vqrae_ds import watchdog
 from vqrae_ds.attention import choose_attention
+from vqrae_ds.code_search import choose_search
 from vqrae_ds.config import Run
 from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO, for_engine
 from vqrae_ds.determinism import make_deterministic
@@ -38,7 +39,11 @@ from vqrae_ds.parallel.slices import ALONE
 from vqrae_ds.ranks import failing_together
 from vqrae_ds.sharding import first_weights, resident
 from vqrae_ds.sharding.first_weights import Source, freed_memory_returned, uninitialized_is_nan
-from vqrae_ds.sharding.parameter_groups import discriminator_groups, parameter_groups
+from vqrae_ds.sharding.parameter_groups import (
+    discriminator_groups,
+    parameter_groups,
+    set_learning_rate,
+)
 
 
 def start(timeout: timedelta, deterministic: bool = False, tensor_size: int = 1) -> Ranks:
@@ -64,25 +69,6 @@ def start(timeout: timedelta, deterministic: bool = False, tensor_size: int = 1)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     device = torch.device(deepspeed.get_accelerator().current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device, tensor_size)
-
-
-def learning_rates(
-    generator: DeepSpeedEngine, discriminator: DeepSpeedEngine | None
-) -> dict[str, float]:
-    """The learning rate of each part, as the next step will use it."""
-    rates = {group["part"]: group["lr"] for group in generator.optimizer.param_groups}
-    if discriminator is not None:
-        rates["discriminator"] = discriminator.optimizer.param_groups[0]["lr"]
-    return rates
-
-
-def set_learning_rate(engine: DeepSpeedEngine, step: int) -> None:
-    """Schedule the step that comes next as the `step`-th of the engine, counted from 0.
-
-    The discriminator counts from its own first step. Without a schedule the rate is constant.
-    """
-    if engine.lr_scheduler is not None:
-        engine.lr_scheduler.step(step)
 
 
 def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
@@ -129,6 +115,7 @@ def build_generator(run: Run, *, fill: bool = True) -> DeepSpeedEngine:
     if _has_fp32_masters_of_bf16(run):
         with failing_together():
             _set_masters(engine, sources)
+    _keep_codes(engine)
     set_learning_rate(engine, 0)  # else DeepSpeed takes the first step at 0 and is late by one
     return engine
 
@@ -140,6 +127,7 @@ def build_model(run: Run, groups: Groups | None = None) -> TrainingModel:
     """
     config, memory = run.config, run.config.memory
     attention = choose_attention(on_gpu=_on_gpu(), bf16=run.bf16)
+    search = choose_search(on_gpu=_on_gpu())
     torch.manual_seed(config.run.seed)
     # A module is partitioned as soon as it is built, so no process ever holds two of them whole;
     # nothing is drawn, because all is set later.
@@ -150,7 +138,7 @@ def build_model(run: Run, groups: Groups | None = None) -> TrainingModel:
             attention=attention,
             encoder_checkpointing=memory.encoder_checkpointing,
             decoder_checkpointing=memory.decoder_checkpointing,
-            **sliced_parts(config.model.num_embeddings, groups),
+            **sliced_parts(config.model.num_embeddings, groups, search),
         )
         teacher, distillation = None, config.losses.distillation
         if distillation is not None:
@@ -245,6 +233,17 @@ def _initialize(
 
         engine.buffered_allreduce_fallback = reduce_over_own_groups
     return engine
+
+
+def _keep_codes(engine: DeepSpeedEngine) -> None:
+    """Have the codes projected once a step: they are forgotten when the weights are to change.
+
+    The base optimizer is the one place that every step passes through and a skipped one does not.
+    The other change of weights is the loading of a checkpoint, which does so itself.
+    """
+    quantizer = engine.module.vqrae.quantizer
+    quantizer.keep_codes()
+    engine.basic_optimizer.register_step_pre_hook(lambda *_: quantizer.forget_codes())
 
 
 def _set_masters(engine: DeepSpeedEngine, sources: dict[str, Source]) -> None:

@@ -137,12 +137,12 @@ def set_learning_rates(
     step: int,
 ) -> None:
     """Give both engines the learning rates of `step`, counted from 0, the next to be taken."""
-    from vqrae_ds import engines
+    from vqrae_ds.sharding.parameter_groups import set_learning_rate
 
-    engines.set_learning_rate(generator, step)
+    set_learning_rate(generator, step)
     if discriminator is not None:
         first = losses.adversarial.first_discriminator_step
-        engines.set_learning_rate(discriminator, max(step - first, 0))
+        set_learning_rate(discriminator, max(step - first, 0))
 
 
 def _read_training_index(data: DataConfig) -> ShardIndex:

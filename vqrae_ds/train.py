@@ -99,6 +99,7 @@ def train(run: Run, setup: Setup) -> None:
     from vqrae_ds.checkpoint import Saver
     from vqrae_ds.monitoring.profiler import StepProfiler
     from vqrae_ds.sharding import replicas
+    from vqrae_ds.sharding.parameter_groups import learning_rates
 
     config, (sizes, total_steps) = run.config, run.schedule
     guard, state, saver = setup.guard, setup.state, Saver(run)
@@ -128,7 +129,7 @@ def train(run: Run, setup: Setup) -> None:
             if is_logged:
                 monitor.add_gradients(squares)
             if is_logged or is_last:  # why a run ends is in its last steps
-                rates = engines.learning_rates(setup.generator, setup.discriminator)
+                rates = learning_rates(setup.generator, setup.discriminator)
                 difference = replicas.equalize(setup.generator)
                 numbers, largest = _numbers(setup, saver, difference), guard.largest()
                 guard.learn(monitor.log(state.step, state.samples, rates, numbers, largest))

@@ -75,7 +75,7 @@ def break_things(rank: int, folder: Path, lpips: Path) -> None:
 
 
 def break_engine(rank: int, folder: Path, deepspeed: dict, model: dict, lpips: Path) -> dict:
-    from vqrae_ds import engines
+    from vqrae_ds.sharding import parameter_groups
 
     losses = {
         "perceptual": {"weight": 0.1, "weights": str(lpips)},
@@ -109,7 +109,7 @@ def break_engine(rank: int, folder: Path, deepspeed: dict, model: dict, lpips: P
             "reason": setup.guard.reason(),
             "in_a_row": setup.guard.skipped_in_a_row,
             "must_stop": setup.guard.must_stop(),
-            "rates": engines.learning_rates(setup.generator, setup.discriminator),
+            "rates": parameter_groups.learning_rates(setup.generator, setup.discriminator),
         }
 
     attempt("first", images_of(0, rank))

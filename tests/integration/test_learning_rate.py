@@ -11,6 +11,7 @@ from tests.distributed import run_ranks
 from tests.tiny import GAN, images_of, make_rank_folders, make_run, setup_of
 from vqrae_ds.checkpoint import TrainState
 from vqrae_ds.config import Run
+from vqrae_ds.sharding import parameter_groups
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +79,9 @@ def take_steps(generator, discriminator, run: Run, rank: int, steps: range, kind
         record_rates(engine, used)
     for step in steps:
         want = expected(step, kind)
-        assert engines.learning_rates(generator, discriminator) == pytest.approx(want), step
+        assert parameter_groups.learning_rates(generator, discriminator) == pytest.approx(want), (
+            step
+        )
         used.clear()
         for micro in range(run.schedule.batch.accumulation):
             images = images_of(10 * step + micro, rank, 1)
@@ -113,7 +116,7 @@ def run_schedules(rank: int, folder: Path) -> None:
         )
         take_steps(generator, discriminator, run, rank, range(SAVED_AFTER, TOTAL), kind)
         last = {part: BASE * factor * END_RATIO for part, factor in MULTIPLIERS.items()}
-        assert engines.learning_rates(generator, discriminator) == pytest.approx(last)
+        assert parameter_groups.learning_rates(generator, discriminator) == pytest.approx(last)
 
         generator = engines.build_generator(run, fill=False)
         discriminator = engines.build_discriminator(run, fill=False)
@@ -123,13 +126,15 @@ def run_schedules(rank: int, folder: Path) -> None:
 
         for step in (1, SAVED_AFTER):  # as after a step that was not taken
             set_learning_rates(generator, discriminator, run.config.losses, step)
-            rates = engines.learning_rates(generator, discriminator)
+            rates = parameter_groups.learning_rates(generator, discriminator)
             assert rates == pytest.approx(expected(step, kind))
 
     run = make_run(folder / f"rank{rank}", 2, losses=LOSSES)
     generator = engines.build_generator(run)
-    engines.set_learning_rate(generator, 5)
-    assert set(engines.learning_rates(generator, None).values()) == {0.05}, "without a schedule"
+    parameter_groups.set_learning_rate(generator, 5)
+    assert set(parameter_groups.learning_rates(generator, None).values()) == {0.05}, (
+        "without a schedule"
+    )
 
 
 def test_every_step_has_the_rate_of_the_formula(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from tests.distributed import run_ranks
 from tests.tiny import ENCODER, build_model, images_of, make_run, save_initial, setup_of
 from vqrae_ds.config import Run
+from vqrae_ds.sharding import parameter_groups
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +133,7 @@ def resume_hpz(rank: int, folder: Path) -> None:
     run, losses = torch.load(folder / f"hpz{rank}.pt", weights_only=False)
     engine = engines.build_generator(run, fill=False)
     checkpoint.resume(checkpoint.find(run), engine, None)
-    engines.set_learning_rate(engine, SAVED_AFTER)
+    parameter_groups.set_learning_rate(engine, SAVED_AFTER)
     resumed = take_steps(engine, run, rank, range(SAVED_AFTER, STEPS), 1)
     assert resumed == losses[SAVED_AFTER:]
 

@@ -26,6 +26,7 @@ from vqrae_ds.conversion.consolidate import consolidate, verify
 from vqrae_ds.conversion.forward_check import compare_forward
 from vqrae_ds.manifest import find_step_folder
 from vqrae_ds.models.vqrae import VQRAE, read_config
+from vqrae_ds.ops.nearest_code import nearest_code
 from vqrae_ds.parallel.slices import own_slice, split_of
 from vqrae_ds.preparation import Setup
 
@@ -74,7 +75,7 @@ def from_folder(folder: Path, tensor_size: int, dtype: torch.dtype) -> VQRAE:
 
     groups = make_groups(tensor_size, timedelta(seconds=60))
     config, weights = read_config(folder), load_file(folder / "model.safetensors")
-    model = VQRAE(config=config, **sliced_parts(config.num_embeddings, groups))
+    model = VQRAE(config=config, **sliced_parts(config.num_embeddings, groups, nearest_code))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     with torch.no_grad():

@@ -15,6 +15,7 @@ from tests.distributed import run_ranks
 from vqrae_ds.config import DecoderConfig
 from vqrae_ds.models.decoder import Decoder
 from vqrae_ds.models.simvq import SimVQ
+from vqrae_ds.ops.nearest_code import nearest_code
 from vqrae_ds.parallel.codebook import ShardedCodebook
 from vqrae_ds.parallel.groups import make_groups
 from vqrae_ds.parallel.marks import is_split
@@ -41,7 +42,8 @@ def test_three_ranks_equal_one():
 
 
 def check_all(rank: int) -> None:
-    parts = sliced_parts(NUM_CODES, make_groups(RANKS, timedelta(seconds=60)))
+    groups = make_groups(RANKS, timedelta(seconds=60))
+    parts = sliced_parts(NUM_CODES, groups, nearest_code)
     check_simvq(parts, use_ties=False)
     check_simvq(parts, use_ties=True)
     check_tokens_that_are_not_finite(parts)

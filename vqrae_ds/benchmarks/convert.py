@@ -90,9 +90,12 @@ def _peer_command() -> list[str]:
     return [sys.executable, "-m", "deepspeed.utils.zero_to_fp32"]
 
 
-def measure(command: Sequence[str]) -> Cost:
-    """Run `command` to its end, with one thread. Raises `RuntimeError` where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+def measure(command: Sequence[str], **variables: str) -> Cost:
+    """Run `command` to its end, with one thread. Raises `RuntimeError` where it fails.
+
+    `variables` are set in its environment.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables}
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile() as output:

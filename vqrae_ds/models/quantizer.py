@@ -8,15 +8,28 @@ Shapes: B batch, N tokens, H x W grid of tokens, D embedding dimension, K codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from vqrae_ds.ops.nearest_code import nearest_code
+from vqrae_ds.ops.nearest_code import CodeNorms, code_norms, nearest_code
 
-Search = Callable[[Tensor, Tensor], Tensor]  # (z_ND, codes_KD) -> indices (N,)
 AllReduce = Callable[[Tensor], object]  # sums a tensor over ranks, in place
+
+
+class Search(Protocol):
+    """Finds the nearest codes; `ops.nearest_code` says what that means, and what the norms are."""
+
+    def __call__(self, z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
+        """Indices (N,) int64."""
+
+
+class SearchedCodes(NamedTuple):
+    """All codes that a search is given, or those of them that this rank holds."""
+
+    codes_KD: Tensor
+    norms: CodeNorms
 
 
 class QuantizerOutput(NamedTuple):
@@ -77,9 +90,20 @@ class Quantizer(nn.Module):
         """The codes (*indices.shape, D) at indices inside the codebook."""
         raise NotImplementedError
 
-    def searched_codes(self) -> Tensor:
-        """The codes (K, D) that `search` is given: all, or those that this rank holds."""
-        return self.codes_at(torch.arange(self.num_embeddings, device=self.code_counts.device))
+    def searched_codes(self) -> SearchedCodes:
+        """What `search` is given, without gradient."""
+        indices_K = torch.arange(self.num_embeddings, device=self.code_counts.device)
+        codes_KD = self.codes_at(indices_K)
+        return SearchedCodes(codes_KD, code_norms(codes_KD))
+
+    def keep_codes(self) -> None:
+        """Allow that what `searched_codes` has made is used again until `forget_codes`.
+
+        Whoever calls it promises to call `forget_codes` whenever a weight has changed.
+        """
+
+    def forget_codes(self) -> None:
+        """A weight has changed, so that codes made before are no longer those of the weights."""
 
     def loss(self, z_BND: Tensor, code_BND: Tensor) -> Tensor:
         """The quantiser's loss, a fp32 scalar."""
@@ -123,7 +147,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def find_codes(self, z_BND: Tensor) -> Tensor:
         """Indices (B, N) int64 of the nearest codes, counted for the statistics."""
-        found_N = self.search(z_BND.flatten(0, 1), self.searched_codes())
+        found_N = self.search(z_BND.flatten(0, 1), *self.searched_codes())
         indices_BN = found_N.view(z_BND.shape[:2])
         found = indices_BN.flatten()
         self.code_counts.index_add_(0, found, torch.ones_like(found))
@@ -131,6 +155,8 @@ class Quantizer(nn.Module):
 
     def finish_step(self, *, is_taken: bool) -> None:
         """A training step has ended; one that is not taken must leave no trace in the codes."""
+        if is_taken:
+            self.forget_codes()
 
     def check_finite(self, z_BND: Tensor) -> None:
         """Raise `ValueError` where a value is not finite. Reads back from the device."""

@@ -9,13 +9,14 @@ Shapes: B batch, N tokens, D embedding dimension, K codes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqrae_ds.models.quantizer import Quantizer, Search
-from vqrae_ds.ops.nearest_code import nearest_code
+from vqrae_ds.models.quantizer import Quantizer, Search, SearchedCodes
+from vqrae_ds.ops.nearest_code import code_norms, nearest_code
 
 PROJECTION_INITS = ("linear", "identity", "orthogonal")
 
@@ -33,10 +34,10 @@ class FrozenCodebook(nn.Embedding):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
 
-    def forward(self, indices: Tensor | None = None) -> Tensor:
-        """The vectors (*indices.shape, D), or all that are held here."""
-        if indices is None:
-            indices = torch.arange(self.num_embeddings, device=self.weight.device)
+    def forward(self, indices: Tensor | slice) -> Tensor:
+        """The vectors (*indices.shape, D), or a slice of those that are held here, not copied."""
+        if isinstance(indices, slice):
+            return self.weight.detach()[indices]
         return super().forward(indices)
 
 
@@ -81,6 +82,13 @@ class SimVQ(Quantizer):
 
     `bias` and `projection_init` are those of the projection (see `CodebookProjection`; `ValueError`
     for an unknown one). `search` finds the nearest codes, `codebook` makes what holds the vectors.
+
+    **When the codes are projected.** Left to itself, all of them at each call: a weight may have
+    changed in between, and under ZeRO-3 nothing on the tensor tells, its `_version` least of all.
+    After `keep_codes` they are projected once and kept until `forget_codes`, which whoever called
+    the former has promised to call after each change: a trainer makes them once an optimizer step,
+    for all micro batches and the validation behind it. Loading a state dict and moving the module
+    to another device or dtype forget them too; a copy of the module has made no promise.
     """
 
     def __init__(
@@ -99,14 +107,35 @@ class SimVQ(Quantizer):
         self.commitment_cost, self.legacy = commitment_cost, legacy
         self.embedding = codebook(num_embeddings, embedding_dim)
         self.embedding_proj = CodebookProjection(embedding_dim, bias=bias, init=projection_init)
+        self._keeps_codes = False
+        self._kept: SearchedCodes | None = None
 
     def codes_at(self, indices: Tensor) -> Tensor:
         """The projected codes (*indices.shape, D) at indices inside the codebook."""
         # Weights are reached by calling their module: a sharded one holds them only while it runs.
         return self.embedding_proj(self.embedding(indices))
 
-    def searched_codes(self) -> Tensor:
-        return self.embedding_proj(self.embedding())
+    @torch.no_grad()
+    def searched_codes(self) -> SearchedCodes:
+        """As in the base class, of the rows that are held here; see the class for when."""
+        # With kept codes both layers still run, on no rows: ZeRO-3 fetches weights ahead in the
+        # order of the modules of the last pass, and starts anew where a pass leaves one out.
+        rows = slice(None) if self._kept is None else slice(0)
+        codes_KD = self.embedding_proj(self.embedding(rows))
+        if self._kept is not None:
+            return self._kept
+        codes = SearchedCodes(codes_KD, code_norms(codes_KD))
+        if self._keeps_codes:
+            self._kept = codes
+        return codes
+
+    def keep_codes(self) -> None:
+        """As in the base class: the projected codes (K, D) and their norms are kept."""
+        self._keeps_codes = True
+
+    def forget_codes(self) -> None:
+        """As in the base class."""
+        self._kept = None
 
     def loss(self, z_BND: Tensor, code_BND: Tensor) -> Tensor:
         """Both sides of the distance between tokens and codes; see the class."""
@@ -114,3 +143,14 @@ class SimVQ(Quantizer):
         to_z = F.mse_loss(code_BND.float(), z_BND.detach().float())
         beta = self.commitment_cost
         return to_code + beta * to_z if self.legacy else beta * to_code + to_z
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self.forget_codes()
+        super()._load_from_state_dict(*args, **options)
+
+    def _apply(self, *args: Any, **options: Any) -> SimVQ:
+        self.forget_codes()
+        return super()._apply(*args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_keeps_codes": False, "_kept": None}

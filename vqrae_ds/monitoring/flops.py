@@ -15,6 +15,7 @@ T tokens an image, D width, I inner width, K codes of E dimensions, P values a p
 from __future__ import annotations
 
 from vqrae_ds.config import ModelConfig, Run
+from vqrae_ds.config.deepspeed_json import BatchArithmetic
 from vqrae_ds.config.encoder import EncoderShape
 
 FORWARD, FORWARD_AND_WEIGHTS, WHOLE_STEP = 1, 2, 3
@@ -36,7 +37,7 @@ def flops_per_image(run: Run) -> float:
     if model.use_projections:
         flops += (WHOLE_STEP if trains_encoder else FORWARD_AND_WEIGHTS) * _linear(T, D, E)
         flops += WHOLE_STEP * _linear(T, E, decoder_D)
-    flops += _quantizer(model, run.schedule.batch.micro_batch)
+    flops += _quantizer(model, run.schedule.batch)
     block = _block(T, decoder_D, mlp_weights=2 * decoder_D * decoder.intermediate_size)
     flops += WHOLE_STEP * (decoder.num_layers * block + _linear(T, decoder_D, P))
     return float(flops)
@@ -79,8 +80,8 @@ def _extra_tokens(shape: EncoderShape, raw: dict) -> int:
     return 1 + (registers if shape.model_type == "dinov2_with_registers" else 0)
 
 
-def _quantizer(model: ModelConfig, micro_batch: int) -> float:
-    """SimVQ projects all codes once a micro batch, and those that were chosen with gradient.
+def _quantizer(model: ModelConfig, batch: BatchArithmetic) -> float:
+    """SimVQ projects all codes once a step and rank, and those that were chosen with gradient.
 
     Moving averages sum the tokens of each code by a product with a one-hot matrix.
     """
@@ -88,5 +89,5 @@ def _quantizer(model: ModelConfig, micro_batch: int) -> float:
     search = _linear(T, E, K)
     if not model.use_simvq:
         return search + _linear(T, E, K)
-    projection = _linear(K, E, E) / micro_batch
+    projection = _linear(K, E, E) / (batch.micro_batch * batch.accumulation)
     return search + projection + FORWARD_AND_WEIGHTS * _linear(T, E, E)  # the codes are frozen

@@ -1,46 +1,245 @@
-"""The nearest code of every token by squared L2 distance, without the tokens x codes matrix.
+"""The nearest code of every token by L2 distance, without the tokens x codes matrix.
 
-Shapes: N tokens, K codes, D dimensions; n and k count those of one tile.
+A search screens, then settles. Screening goes through the codes tile by tile with matrix products
+in low precision, and keeps for each token the few codes of the smallest scores. An error bound,
+measured on these very tokens and codes, says which of the others could still be the nearest:
+
+    score(z, c) = |c|^2 / 2 - <z, c>, of which |z - c|^2 is twice, plus |z|^2, the same for all c
+    |screened score - score| <= bound(z), so that the nearest code has a screened score within
+    2 bound(z) of the smallest one
+
+Where one code alone is within, it is the answer. Where a few are, their distances are taken in
+float64 from the differences. Where more are than were kept, the token is screened again in higher
+precision. So the result is that of an exact search, on any machine and with any size of tile.
+
+Shapes: N tokens, K codes, D dimensions, M candidates of a token, P pairs of a token and a code;
+n and k count those of one tile.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-TILE_TOKENS = 4096
-TILE_CODES = 4096
-BLOCK = 64  # codes that a matrix product takes together, at most
+TILE_TOKENS = 1024
+TILE_CODES = 2048
+TILE_PAIRS = 128
+TILE_NORMS = 512  # codes
+CANDIDATES = 32  # that a screening keeps for each token
+
+# Of a sum of D products in fp32, relative to |z| |c|, each term rounded four times: once would do
+# on a CPU (Higham, "Accuracy and Stability of Numerical Algorithms", 3.1), the matrix units of a
+# GPU truncate, and the codes' norms and the shift of the origin are rounded as well.
+ROUNDING_OF_A_TERM = 4 * 2.0**-24
+FEW_TERMS = 16  # so that it holds for a few dimensions too
+MARGIN = 1.01  # the norms that make the bound are rounded themselves
+ROUNDING_TO_BFLOAT16 = 2.0**-8
+SAME = 1 + 2.0**-40  # distances in float64 no further apart are tied: sums differ by their order
+
+
+class CodeNorms(NamedTuple):
+    """What a search wants to know of the codes, whatever the tokens; all fp32.
+
+    All is of codes that are moved by `origin_D`: a shift changes no distance, and takes out an
+    offset that all share, beside which the differences would be lost. Codes in bf16 are not moved,
+    for in bf16 they are exact as they are.
+    """
+
+    origin_D: Tensor
+    half_norms_K: Tensor  # |c|^2 / 2
+    largest: Tensor  # () the largest |c|
+    largest_rounding: Tensor  # () the largest |c - bf16(c)|
+
+
+class Screened(NamedTuple):
+    """The codes of the smallest scores, ascending, and the error that each score has at most."""
+
+    scores_nM: Tensor
+    indices_nM: Tensor
+    bound_n: Tensor
 
 
 @torch.no_grad()
-def nearest_code(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
+def code_norms(codes_KD: Tensor) -> CodeNorms:
+    """The norms of codes in fp32 or bf16; more memory than that of the result is that of a tile."""
+    origin_D = codes_KD[0].float()
+    if codes_KD.dtype == torch.bfloat16:
+        origin_D = torch.zeros_like(origin_D)
+    half_norms_K = torch.empty(len(codes_KD), dtype=torch.float32, device=codes_KD.device)
+    largest_rounding = half_norms_K.new_zeros(())
+    for codes_kD, half_norms_k in zip(
+        codes_KD.split(TILE_NORMS), half_norms_K.split(TILE_NORMS), strict=True
+    ):
+        moved_kD = codes_kD.float() - origin_D
+        half_norms_k.copy_(moved_kD.square().sum(1) / 2)
+        rounding_k = (moved_kD - moved_kD.bfloat16()).norm(dim=1)
+        largest_rounding = torch.maximum(largest_rounding, rounding_k.max())
+    largest = (2 * half_norms_K.max()).sqrt()
+    return CodeNorms(origin_D, half_norms_K, largest, largest_rounding)
+
+
+@torch.no_grad()
+def nearest_code(z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms | None = None) -> Tensor:
     """Indices (N,) int64 of the codes at the smallest L2 distance; ties go to the lowest index.
 
-    Distances are fp32 whatever the inputs and the autocast: bf16 keeps 8 bits, and neighbouring
-    codes differ in fewer. (TF32, if torch is told to use it, keeps no more than 11.) Beyond inputs
-    and result, memory is that of a tile. Where `z` is not finite the index means nothing, but is
-    one of the codebook.
+    Tokens and codes are fp32 or bf16. The values given are compared exactly, whatever the autocast
+    and the precision that torch is told to multiply with; a tie is what float64 cannot tell apart.
+    Beyond inputs and result, memory is that of a tile. Where `z` is not finite the index means
+    nothing, but is one of the codebook. `norms` are those of `code_norms(codes_KD)`, which whoever
+    searches the same codes again need not compute again.
+
+    It reads from the device how many tokens are settled; `nearest_code_triton` does not.
     """
-    # Moving everything by one code changes no distance, and takes out an offset that all share,
-    # beside which fp32 would lose the differences.
-    origin_D = codes_KD[0].float()
-    best_N = torch.full((len(z_ND),), torch.inf, dtype=torch.float32, device=z_ND.device)
+    norms = norms or code_norms(codes_KD)
     index_N = torch.zeros(len(z_ND), dtype=torch.int64, device=z_ND.device)
-    for first_code in range(0, len(codes_KD), TILE_CODES):
-        codes_kD = codes_KD[first_code : first_code + TILE_CODES].float() - origin_D
-        if padding := -len(codes_kD) % BLOCK:  # equal codes tie only in blocks of equal size
-            codes_kD = F.pad(codes_kD, (0, 0, 0, padding))  # with the origin: code 0 wins the tie
-        half_norms_k = codes_kD.square().sum(1) / 2
-        for first_token in range(0, len(z_ND), TILE_TOKENS):
-            tile = slice(first_token, first_token + TILE_TOKENS)
-            z_nD = z_ND[tile].float() - origin_D
-            with torch.autocast(z_ND.device.type, enabled=False):
-                # |z - c|^2 / 2 without |z|^2 / 2, which is the same for every code
-                distance_nk = torch.addmm(half_norms_k, z_nD, codes_kD.T, alpha=-1)
-            nearest_n, position_n = distance_nk.min(1)
-            is_nearer_n = nearest_n < best_N[tile]
-            best_N[tile] = torch.where(is_nearer_n, nearest_n, best_N[tile])
-            index_N[tile] = torch.where(is_nearer_n, position_n + first_code, index_N[tile])
+    with torch.autocast(z_ND.device.type, enabled=False):
+        for first in range(0, len(z_ND), TILE_TOKENS):
+            tile = slice(first, first + TILE_TOKENS)
+            index_N[tile] = _search_tile(z_ND[tile], codes_KD, norms)
     return index_N
+
+
+def error_bound(norm_n: Tensor, norms: CodeNorms, dimensions: int) -> Tensor:
+    """The error (n,) of scores that are summed in fp32, from |z - origin| of each token.
+
+    By the inequality of Cauchy and Schwarz: the terms sum to |z| |c| at most, signs left out.
+    """
+    largest = norms.largest
+    return (dimensions + FEW_TERMS) * ROUNDING_OF_A_TERM * MARGIN * largest * (norm_n + largest)
+
+
+def _search_tile(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
+    """Indices (n,) of the nearest codes of a tile of tokens."""
+    index_n = torch.zeros(len(z_nD), dtype=torch.int64, device=z_nD.device)
+    left_n, tokens_nD = torch.arange(len(z_nD), device=z_nD.device), z_nD
+    device_type = z_nD.device.type
+    for dtype in _screening_dtypes(device_type, _rounds_fp32(device_type)):
+        screened = _screen(tokens_nD, codes_KD, norms, dtype)
+        index_n[left_n], is_crowded_n = _settle(tokens_nD, codes_KD, screened)
+        left_n = left_n[is_crowded_n]
+        if not len(left_n):
+            return index_n
+        tokens_nD = z_nD[left_n]
+    index_n[left_n] = _search_in_float64(tokens_nD, codes_KD, norms)
+    return index_n
+
+
+@functools.cache
+def _screening_dtypes(device_type: str, rounds_fp32: bool) -> tuple[torch.dtype, ...]:
+    """In which to screen, one after the other: bf16 first, where the machine multiplies it faster.
+
+    Where torch is told to round fp32 in matrix products, they are no better than those in bf16.
+    """
+    if rounds_fp32:
+        return (torch.bfloat16,)
+    if device_type == "cpu":
+        known = torch.cpu.get_capabilities()
+        if not (known.get("avx512_bf16") or known.get("amx_bf16")):
+            return (torch.float32,)
+    return (torch.bfloat16, torch.float32)
+
+
+def _rounds_fp32(device_type: str) -> bool:
+    """Whether torch is told to round fp32 in matrix products, by its older or its newer switch."""
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision not in ("none", "ieee")
+
+
+def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype) -> Screened:
+    """Score all codes in `dtype`, tile by tile, and keep the best of each token."""
+    moved_nD = z_nD.float() - norms.origin_D
+    rounded_nD = moved_nD.to(dtype)
+    norm_n, rounding_n = moved_nD.norm(dim=1), (moved_nD - rounded_nD).norm(dim=1)
+    del moved_nD
+    scores_nM = norm_n.new_empty(len(z_nD), 0)
+    indices_nM = torch.empty(len(z_nD), 0, dtype=torch.int64, device=z_nD.device)
+    largest_n = torch.zeros_like(norm_n)
+    for first in range(0, len(codes_KD), TILE_CODES):
+        tile = slice(first, first + TILE_CODES)
+        half_norms_k = norms.half_norms_K[tile]
+        products_nk = _products(rounded_nD, codes_KD[tile], norms.origin_D)
+        if products_nk.dtype == torch.bfloat16:
+            largest_n = torch.maximum(largest_n, products_nk.abs().amax(1))
+        scores_nm, positions_nm = _smallest(half_norms_k - products_nk)
+        del products_nk  # before the next ones are made
+        scores_nM = torch.cat([scores_nM, scores_nm], 1)
+        indices_nM = torch.cat([indices_nM, positions_nm + first], 1)
+        scores_nM, kept_nM = _smallest(scores_nM)
+        indices_nM = indices_nM.gather(1, kept_nM)
+    bound_n = error_bound(norm_n, norms, z_nD.shape[1])
+    if dtype == torch.bfloat16:
+        # With z = z' + r and c = c' + s, primes for bf16: <z, c> - <z', c'> = <z, s> + <r, c'>.
+        rounding = norms.largest_rounding
+        rounding_n = norm_n * rounding + rounding_n * (norms.largest + rounding)
+        # And the products may come back in bf16, rounded once.
+        bound_n = bound_n + MARGIN * (rounding_n + ROUNDING_TO_BFLOAT16 * largest_n)
+    return Screened(scores_nM, indices_nM, bound_n)
+
+
+def _products(rounded_nD: Tensor, codes_kD: Tensor, origin_D: Tensor) -> Tensor:
+    """Of tokens and the codes of a tile (n, k), both moved and in the dtype of the tokens.
+
+    In fp32 on a GPU: cuBLAS may add up partial sums that it has rounded to bf16, each of which may
+    be far larger than the sum.
+    """
+    moved_Dk = (codes_kD.float() - origin_D).to(rounded_nD.dtype).T
+    if rounded_nD.is_cuda and rounded_nD.dtype == torch.bfloat16:
+        return torch.mm(rounded_nD, moved_Dk, out_dtype=torch.float32)
+    return rounded_nD @ moved_Dk
+
+
+def _smallest(scores_nk: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest of each row, ascending, and their places."""
+    return scores_nk.topk(min(CANDIDATES, scores_nk.shape[1]), 1, largest=False)
+
+
+def _settle(z_nD: Tensor, codes_KD: Tensor, screened: Screened) -> tuple[Tensor, Tensor]:
+    """Indices (n,), and where they mean nothing yet: codes that were not kept may be nearer."""
+    scores_nM, indices_nM, bound_n = screened
+    is_near_nM = scores_nM <= scores_nM[:, :1] + 2 * bound_n[:, None]
+    is_crowded_n = is_near_nM.all(1) & (len(codes_KD) > CANDIDATES)
+    is_tied_n = (is_near_nM.sum(1) > 1) & ~is_crowded_n
+    token_P, candidate_P = (is_near_nM & is_tied_n[:, None]).nonzero(as_tuple=True)
+    distances_nM = torch.full_like(scores_nM, torch.inf, dtype=torch.float64)
+    for token_p, candidate_p in zip(
+        token_P.split(TILE_PAIRS), candidate_P.split(TILE_PAIRS), strict=True
+    ):
+        codes_pD = codes_KD[indices_nM[token_p, candidate_p]]
+        difference_pD = z_nD[token_p].double() - codes_pD.double()
+        distances_nM[token_p, candidate_p] = difference_pD.square().sum(1)
+    is_nearest_nM = distances_nM <= SAME * distances_nM.amin(1, keepdim=True)
+    lowest_n = torch.where(is_nearest_nM, indices_nM, len(codes_KD)).amin(1)
+    return torch.where(is_tied_n, lowest_n, indices_nM[:, 0]), is_crowded_n
+
+
+def _search_in_float64(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
+    """Indices (n,) by scores in float64, the lowest of those that it cannot tell apart.
+
+    For tokens with so many codes as near as the nearest, to within fp32, that they were not kept.
+    The codes are scored twice: for the smallest score, and for the first that ties with it.
+    """
+    origin_D = norms.origin_D.double()
+    moved_nD = z_nD.double() - origin_D
+
+    def scored_tiles() -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, len(codes_KD), TILE_CODES):
+            moved_kD = codes_KD[first : first + TILE_CODES].double() - origin_D
+            yield first, moved_kD.square().sum(1) / 2 - moved_nD @ moved_kD.T
+
+    smallest_n = torch.full_like(moved_nD[:, 0], torch.inf)
+    for _, scores_nk in scored_tiles():
+        smallest_n = torch.minimum(smallest_n, scores_nk.amin(1))
+    largest = norms.largest.double()
+    terms = z_nD.shape[1] + FEW_TERMS
+    bound_n = terms * ROUNDING_OF_A_TERM * 2.0**-29 * largest * (moved_nD.norm(dim=1) + largest)
+    limit_n1 = (smallest_n + 2 * MARGIN * bound_n)[:, None]
+    index_n = torch.full((len(z_nD),), len(codes_KD) - 1, device=z_nD.device)
+    for first, scores_nk in scored_tiles():
+        codes_k = torch.arange(first, first + scores_nk.shape[1], device=z_nD.device)
+        tied_nk = torch.where(scores_nk <= limit_n1, codes_k, len(codes_KD))
+        index_n = torch.minimum(index_n, tied_nk.amin(1))
+    return index_n

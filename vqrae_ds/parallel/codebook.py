@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vqrae_ds.models.quantizer import Search
 from vqrae_ds.models.simvq import FrozenCodebook
-from vqrae_ds.ops.nearest_code import TILE_TOKENS, nearest_code
+from vqrae_ds.ops.nearest_code import TILE_TOKENS, CodeNorms, nearest_code
 from vqrae_ds.parallel.groups import Groups
 from vqrae_ds.parallel.marks import mark_split
 from vqrae_ds.parallel.slices import COLUMN, bounds, own_slice
@@ -39,13 +39,13 @@ class ShardedCodebook(FrozenCodebook):
         self.weight.copy_(own_slice(whole_KD, COLUMN, self.groups.place))
 
     @torch.no_grad()
-    def forward(self, indices: Tensor | None = None) -> Tensor:
-        """The rows (*indices.shape, D) of the whole codebook, or those (k, D) of this rank.
+    def forward(self, indices: Tensor | slice) -> Tensor:
+        """The rows (*indices.shape, D) of the whole codebook, or a slice of those of this rank.
 
         With indices all ranks of the group call it together, with the same ones.
         """
-        if indices is None:
-            return super().forward()
+        if isinstance(indices, slice):
+            return super().forward(indices)
         position = indices - self.first
         is_held = (position >= 0) & (position < self.num_embeddings)
         rows = super().forward(torch.where(is_held, position, 0))
@@ -59,9 +59,7 @@ class GroupSearch:
     """The nearest of all ranks' codes; ties go to the lowest index, whatever the number of ranks.
 
     `search` finds the nearest of this rank's. The winners are compared in float64, by the distance
-    itself: what `search` computes may be rounded in another way for another number of codes. Codes
-    that differ by less than its rounding are no tie to it, so that there another number of ranks
-    may find another of them.
+    itself.
     """
 
     def __init__(self, num_codes: int, groups: Groups, search: Search = nearest_code) -> None:
@@ -69,11 +67,14 @@ class GroupSearch:
         self.first = bounds(num_codes, groups.place).start
 
     @torch.no_grad()
-    def __call__(self, z_ND: Tensor, codes_kD: Tensor) -> Tensor:
-        """Indices (N,) int64 in the whole codebook, the same on all ranks of the group."""
-        index_N = self.search(z_ND, codes_kD)
+    def __call__(self, z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
+        """Indices (N,) int64 in the whole codebook, the same on all ranks of the group.
+
+        Codes and norms are those of this rank.
+        """
+        index_N = self.search(z_ND, codes_KD, norms)
         tiles = zip(z_ND.split(TILE_TOKENS), index_N.split(TILE_TOKENS), strict=True)
-        distances = [(z.double() - codes_kD[i].double()).square().sum(1) for z, i in tiles]
+        distances = [(z.double() - codes_KD[i].double()).square().sum(1) for z, i in tiles]
         distance_N = torch.cat(distances)
         # An index is exact in float64, so that both travel in one tensor.
         mine_N2 = torch.stack([distance_N, (index_N + self.first).double()], 1)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from vqrae_ds.models.quantizer import Search
 from vqrae_ds.parallel.codebook import GroupSearch, ShardedCodebook
 from vqrae_ds.parallel.groups import Groups
 from vqrae_ds.parallel.layers import sliced_layers
 
 
-def sliced_parts(num_codes: int, groups: Groups | None) -> dict[str, Any]:
-    """Arguments of `VQRAE`, none for a rank that is alone: the model is that of one process."""
+def sliced_parts(num_codes: int, groups: Groups | None, search: Search) -> dict[str, Any]:
+    """Arguments of `VQRAE`: of a rank that is alone `search`, for the model of one process.
+
+    In a group every rank finds the nearest of its own codes with it.
+    """
     if groups is None:
-        return {}
+        return {"search": search}
     return {
-        "search": GroupSearch(num_codes, groups),
+        "search": GroupSearch(num_codes, groups, search),
         "codebook": functools.partial(ShardedCodebook, groups=groups),
         "layers": sliced_layers(groups),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vqrae_ds.config import ModelConfig, Run
-from vqrae_ds.ops.nearest_code import TILE_CODES, TILE_TOKENS
+from vqrae_ds.ops.nearest_code import TILE_CODES, TILE_NORMS, TILE_TOKENS
 from vqrae_ds.planning.blocks import (
     FP32,
     Block,
@@ -26,7 +26,7 @@ class Activations(NamedTuple):
     """Bytes by part.
 
     Those `kept` live together until the generator's backward pass; of `passing` one at a time comes
-    on top; `after` is the discriminator's own step, when the generator keeps nothing.
+    on top; `after` is the discriminator's own step, when the generator keeps its codes alone.
     """
 
     kept: dict[str, float]
@@ -61,10 +61,13 @@ def activations(run: Run) -> Activations:
     each = kept_bytes(decoder, memory.decoder_checkpointing)
     kept["decoder"] = model.decoder.num_layers * each + head_bytes(model, images, size)
     kept["features, codes, pixels"] = _between(run, images, size)
-    passing["nearest codes"] = search_bytes(model, images, size)
+    tensor_size = run.schedule.batch.tensor_size
+    codes = code_bytes(model, size, tensor_size)
+    kept["projected codes"] = codes
+    passing["nearest codes"] = search_bytes(model, images, size, tensor_size)
     passing["backward of a block"] = max(backward)
     passing |= _image_losses(run, images, size)
-    return Activations(kept, passing, 2 * passing.get("discriminator", 0.0))
+    return Activations(kept, passing, codes + 2 * passing.get("discriminator", 0.0))
 
 
 def value_size(run: Run) -> int:
@@ -126,19 +129,27 @@ def head_bytes(model: ModelConfig, images: int, size: int, *, on_gpu: bool = Tru
     return from_norm + block.tokens * 3 * model.output_patch_size**2 * size
 
 
-def search_bytes(model: ModelConfig, images: int, size: int) -> float:
-    """The search of the nearest codes, ops/nearest_code.py, tile by tile and without gradient.
+def code_bytes(model: ModelConfig, size: int, tensor_size: int = 1) -> float:
+    """SimVQ's projected codes of a rank and their norms, which live from step to step."""
+    if not model.use_simvq:
+        return 0.0
+    return -(-model.num_embeddings // tensor_size) * (model.embedding_dim * size + FP32)
 
-    SimVQ takes all frozen codes out of the table and projects them; the projected ones stay. While
-    the next tile of codes is made, in fp32, moved, and from bf16 a copy more, codes and scores of
-    the last one are still there; so are two of scores, while the next are made.
+
+def search_bytes(model: ModelConfig, images: int, size: int, tensor_size: int = 1) -> float:
+    """The search of the nearest codes beside `code_bytes`, without gradient.
+
+    It goes tile by tile in PyTorch; the kernels of ops/nearest_code_triton.py take next to nothing.
+    It moves and rounds the tokens, then a tile of codes, and makes of both products and scores.
     """
-    codes, width = model.num_embeddings, model.embedding_dim
+    codes, width = -(-model.num_embeddings // tensor_size), model.embedding_dim
     n, k = min(TILE_TOKENS, images * model.grid_side**2), min(TILE_CODES, codes)
-    table = codes * width * size if model.use_simvq else 0
-    copies = 3 if size < FP32 else 2
-    tile = 2 * n * width + max(copies * k * width + n * k, k * width + 2 * n * k)
-    return max(2 * table, table + FP32 * tile)
+    tokens = (2 * FP32 + BF16) * n * width
+    moved = FP32 + (FP32 if size < FP32 else BF16)  # of a code, in fp32 and to or from bf16
+    new_codes = BF16 * n * width + moved * k * width
+    scores = BF16 * n * width + (BF16 + FP32) * n * k
+    norms = (FP32 + moved) * min(TILE_NORMS, codes) * width
+    return max(tokens, new_codes, scores, norms)
 
 
 def _between(run: Run, images: int, size: int) -> float:

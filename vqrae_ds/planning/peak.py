@@ -168,7 +168,7 @@ def details_of_peak(plan: Plan, gpus: int) -> list[Row]:
     rows += [Row(f"  {name}", size, "kept") for name, size in parts.kept.items()]
     rows += [Row(f"  {name}", size, "one of these") for name, size in parts.passing.items()]
     if parts.after:
-        what = "without what is kept"
+        what = "without what is kept but the codes"
         rows.append(Row("  discriminator's own step", parts.after, what))
     rows.append(Row("optimizer's step", peak.optimizer_step, "when the micro steps are over"))
     return rows

@@ -22,6 +22,7 @@ from vqrae_ds.conversion.optimizer_states import (
     read_optimizer_states,
 )
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
+from vqrae_ds.models.quantizer import Quantizer
 from vqrae_ds.parallel.slices import ALONE
 from vqrae_ds.sharding import partitions, resident
 from vqrae_ds.sharding.partitions import Part
@@ -79,6 +80,9 @@ def load(engine: Any, stored: Stored) -> None:
     partitions.set_optimizer_state(engine, _optimizer_state(engine, stored.states))
     partitions.publish_masters(engine)
     partitions.set_counters(engine, stored.counters)
+    for module in engine.module.modules():
+        if isinstance(module, Quantizer):
+            module.forget_codes()
     resident.check_filled(engine.module)
 
 

@@ -1,4 +1,4 @@
-"""Which parameters the optimizer takes, with what learning rate and weight decay."""
+"""Which parameters the optimizer takes, with what weight decay and what learning rate, and when."""
 
 from __future__ import annotations
 
@@ -52,3 +52,20 @@ def discriminator_groups(discriminator: nn.Module) -> list[dict[str, Any]]:
         {"params": [p for p in parameters if p.ndim >= 2]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def learning_rates(generator: Any, discriminator: Any | None) -> dict[str, float]:
+    """The learning rate of each part, as the next step will use it."""
+    rates = {group["part"]: group["lr"] for group in generator.optimizer.param_groups}
+    if discriminator is not None:
+        rates["discriminator"] = discriminator.optimizer.param_groups[0]["lr"]
+    return rates
+
+
+def set_learning_rate(engine: Any, step: int) -> None:
+    """Schedule the step that comes next as the `step`-th of the engine, counted from 0.
+
+    The discriminator counts from its own first step. Without a schedule the rate is constant.
+    """
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.step(step)

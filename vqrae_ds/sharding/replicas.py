@@ -29,6 +29,7 @@ def equalize(engine: Any) -> float:
     if engine.mpu is None:
         return 0.0
     partitions.prepare_loading(engine)
+    engine.module.vqrae.quantizer.forget_codes()
     worst = torch.zeros((), device=engine.device)
     groups, states = partitions.parameter_groups(engine), partitions.optimizer_state(engine)
     for vector, group, state in zip(partitions.stepped(engine), groups, states, strict=True):

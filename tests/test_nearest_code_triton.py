@@ -1,0 +1,131 @@
+"""The Triton kernels in Triton's interpreter on the CPU: equal to the PyTorch search.
+
+The interpreter must be chosen before Triton is imported, so all runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import ROOT
+from tests.test_nearest_code import assert_nearest, make_inputs
+from vqrae_ds.ops.nearest_code import code_norms, nearest_code
+
+pytest.importorskip("triton")
+
+SHAPES = [(130, 129, 65), (20, 1000, 64), (9, 37, 3), (1, 200, 16), (7, 1, 5), (3, 300, 1536)]
+
+
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "tests.test_nearest_code_triton"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def search(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
+    """With the kernels, compared with the search of PyTorch."""
+    from vqrae_ds.ops import nearest_code_triton
+
+    found_N = nearest_code_triton.nearest_code(z_ND, codes_KD, code_norms(codes_KD))
+    expected_N = nearest_code(z_ND, codes_KD)
+    assert found_N.dtype == torch.int64
+    assert torch.equal(found_N, expected_N), (found_N - expected_N).nonzero().flatten()
+    return found_N
+
+
+def check_kinds_and_shapes() -> None:
+    for kind in ("random", "clustered", "shared offset"):
+        for N, K, D in SHAPES:
+            z_ND, codes_KD = make_inputs(kind, N, K, D)
+            if kind != "random":  # many are crowded, of which the interpreter makes minutes
+                z_ND = z_ND[:4]
+            assert_nearest(search(z_ND, codes_KD), z_ND, codes_KD)
+
+
+def check_bfloat16() -> None:
+    """Of tokens, of codes, or of both."""
+    for N, K, D in SHAPES[1:5]:
+        z_ND, codes_KD = make_inputs("random", N, K, D)
+        search(z_ND.bfloat16(), codes_KD)
+        search(z_ND, codes_KD.bfloat16())
+        z_ND, codes_KD = z_ND.bfloat16(), codes_KD.bfloat16()
+        assert_nearest(search(z_ND, codes_KD), z_ND.float(), codes_KD.float())
+
+
+def check_ties() -> None:
+    """In one block of codes and in several, more of them than there are slots."""
+    codes_KD = torch.full((600, 2), 9.0)
+    codes_KD[[11, 13, 140, 259, 400]] = torch.tensor(
+        [[2.0, 0], [0.0, 2], [2.0, 0], [-2.0, 0], [0, 2.0]]
+    )
+    z_ND = torch.tensor([[0.0, 0], [3.0, 0], [-3.0, 0], [0.0, 3], [20.0, 20]])
+    assert search(z_ND, codes_KD).tolist() == [11, 11, 259, 13, 0]
+    z_ND, codes_KD = make_inputs("random", 9, 100, 24)
+    assert search(z_ND, codes_KD.repeat(9, 1)).max() < 100
+    assert not search(z_ND, codes_KD[:1].repeat(500, 1)).any()
+
+
+def check_near_ties() -> None:
+    """Halfway between two codes, so near that bf16 cannot tell which is nearer."""
+    _, codes_KD = make_inputs("random", 1, 300, 48)
+    near_K = torch.cdist(codes_KD, codes_KD).fill_diagonal_(torch.inf).argmin(1)
+    for share in (0.4999, 0.5001):
+        z_ND = torch.lerp(codes_KD, codes_KD[near_K], share)[:12]
+        expected_N = (torch.arange(300) if share < 0.5 else near_K)[:12]
+        assert (search(z_ND, codes_KD) == expected_N).float().mean() > 0.7
+
+
+def check_what_is_not_finite() -> None:
+    z_ND, codes_KD = make_inputs("random", 9, 300, 20)
+    z_ND[0, 0], z_ND[2, 1], z_ND[4, 2], z_ND[6] = torch.nan, torch.inf, -torch.inf, 3e38
+    from vqrae_ds.ops import nearest_code_triton
+
+    found_N = nearest_code_triton.nearest_code(z_ND, codes_KD)
+    assert ((found_N >= 0) & (found_N < 300)).all()
+    finite = [1, 3, 5, 7, 8]
+    assert torch.equal(found_N[finite], nearest_code(z_ND[finite], codes_KD))
+    found_N = nearest_code_triton.nearest_code(z_ND, torch.full_like(codes_KD, torch.nan))
+    assert ((found_N >= 0) & (found_N < 300)).all()
+    assert nearest_code_triton.nearest_code(z_ND[:0], codes_KD).shape == (0,)
+
+
+def check_that_each_kernel_has_something_to_do() -> None:
+    """Else the checks above would say nothing about it."""
+    from vqrae_ds.ops import nearest_code_triton as kernels
+
+    z_ND, codes_KD = make_inputs("random", 200, 500, 64)
+    codes_KD[40:60] = codes_KD[40] + 1e-7 * codes_KD[40:60]  # too near to one another for fp32
+    z_ND[:3] = codes_KD[40] + 0.1
+    z_ND[3:6] = (codes_KD[100] + codes_KD[200]) / 2
+    norms = code_norms(codes_KD)
+    scores_NS, _, dropped_N = kernels._screen(z_ND, codes_KD, norms)
+    assert scores_NS.shape[1] > kernels.SLOTS, "several splits"
+    bound_N = kernels.error_bound(kernels._norms(z_ND, norms.origin_D), norms, 64)
+    limit_N = scores_NS.amin(1) + 2 * bound_N
+    is_crowded_N = dropped_N <= limit_N
+    is_tied_N = ((scores_NS <= limit_N[:, None]).sum(1) > 1) & ~is_crowded_N
+    assert is_crowded_N[:3].all() and is_tied_N[3:6].any()
+    assert (is_crowded_N | is_tied_N)[6:].float().mean() < 0.1
+    search(z_ND, codes_KD)
+
+
+if __name__ == "__main__":
+    from vqrae_ds.ops import nearest_code_triton
+
+    nearest_code_triton.RANGES = 3  # the interpreter runs the programs one after the other
+    torch.set_num_threads(1)
+    check_that_each_kernel_has_something_to_do()
+    check_kinds_and_shapes()
+    check_bfloat16()
+    check_ties()
+    check_near_ties()
+    check_what_is_not_finite()
