@@ -12,17 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from vqrae_ds.data.decode import (
-    MAX_PIXELS,
-    Augmentation,
-    Crop,
-    SampleSeed,
-    centre_crop,
-    crop_to_tensor,
-    decode_image,
-    decode_sample,
-    random_crop,
-)
+from vqrae_ds.data.crops import Augmentation, Crop, SampleSeed, centre_crop, random_crop
+from vqrae_ds.data.decode import MAX_PIXELS, crop_to_tensor, decode_image, decode_sample
 from vqrae_ds.data.index import Sample
 
 PHOTOS = Path(__file__).parent / "data" / "photos"

@@ -193,7 +193,7 @@ def _needs_calibration(run: Run) -> bool:
 
 
 def _training_batches(run: Run, ranks: Ranks, index: ShardIndex, *, start: int) -> Iterator[Batch]:
-    from vqrae_ds.data.decode import Augmentation
+    from vqrae_ds.data.crops import Augmentation
     from vqrae_ds.data.stream import training_batches
 
     data = run.config.data

@@ -71,6 +71,11 @@ class ShardIndex:
             raise ValueError(f"{folder} has no shard with images ({', '.join(IMAGE_EXTENSIONS)})")
 
     @property
+    def samples_per_shard(self) -> np.ndarray:
+        """(S,) int64."""
+        return np.diff(self.starts)
+
+    @property
     def num_samples(self) -> int:
         return int(self.starts[-1])
 

@@ -1,27 +1,25 @@
-"""The endless, deterministic order of samples, and the batches read in it.
+"""Batches of images, read in the order of `order`: endless for training, one pass for evaluation.
 
-The order is a pure function of (seed, epoch, index): shards are shuffled over an epoch, and samples
-within a shard, so that reads stay local. A place in it is ONE integer, the samples consumed by all
-ranks together. A run resumes from that integer at once, with any number of ranks and workers and
-any micro batch size. All ranks take equal steps: an epoch's end is nothing special to a batch.
+A run resumes at once from ONE integer, the samples consumed by all ranks together, with any number
+of ranks and workers and any micro batch size. All ranks take equal steps: an epoch's end is nothing
+special to a batch.
 Suffixes: B samples, 3 channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import itertools
 import signal
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import xxhash
 from torch.utils.data import DataLoader, Dataset
 
-from vqrae_ds.data.decode import Augmentation, SampleSeed, centre_crop, decode_sample, random_crop
+from vqrae_ds.data.crops import Augmentation, SampleSeed, centre_crop, random_crop
+from vqrae_ds.data.decode import decode_sample
 from vqrae_ds.data.index import ShardIndex
+from vqrae_ds.data.order import SampleOrder, micro_batch_positions
 from vqrae_ds.stopping import SIGNALS
 
 
@@ -38,49 +36,6 @@ class EvaluationBatch(NamedTuple):
     images_B3HW: torch.Tensor  # float32 in [0, 1]
     is_real_B: torch.Tensor  # bool
     keys: list[str]
-
-
-class Place(NamedTuple):
-    """Where a position of the stream falls: which pass over the data, which sample of the index."""
-
-    epoch: int
-    sample: int
-
-
-class SampleOrder:
-    """The order of samples for one seed; each comes exactly once an epoch."""
-
-    def __init__(self, index: ShardIndex, *, seed: int) -> None:
-        self.index = index
-        self.seed = seed
-        self._shuffle_shards(epoch=0)
-
-    def sample_at(self, position: int) -> Place:
-        """The sample at a position 0, 1, 2, ... of the stream, in the time of a bisection."""
-        epoch, position_in_epoch = divmod(position, self.index.num_samples)
-        if epoch != self._epoch:
-            self._shuffle_shards(epoch)
-        turn = int(np.searchsorted(self._starts, position_in_epoch, side="right")) - 1
-        shard = int(self._shards[turn])
-        first, end = (int(start) for start in self.index.starts[shard : shard + 2])
-        order = _shuffled(end - first, f"samples {self.seed} {epoch} {shard}")
-        return Place(epoch, first + int(order[position_in_epoch - int(self._starts[turn])]))
-
-    def _shuffle_shards(self, epoch: int) -> None:
-        lengths = np.diff(self.index.starts)
-        self._epoch = epoch
-        self._shards = _shuffled(len(lengths), f"shards {self.seed} {epoch}")
-        # The shard whose turn is t fills the positions from _starts[t] on.
-        self._starts = np.cumsum(lengths[self._shards]) - lengths[self._shards]
-
-
-def micro_batch_positions(
-    *, micro_batch_size: int, rank: int, world_size: int, start: int
-) -> Iterator[range]:
-    """The positions of one rank's micro batches, without end, from the position `start` on."""
-    for m in itertools.count():
-        first = start + (m * world_size + rank) * micro_batch_size
-        yield range(first, first + micro_batch_size)
 
 
 def training_batches(
@@ -105,7 +60,7 @@ def training_batches(
         micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, start=start
     )
     loader = DataLoader(
-        _TrainingSet(SampleOrder(index, seed=seed), image_size, augmentation),
+        _TrainingSet(index, image_size, augmentation, seed=seed),
         batch_sampler=positions,
         collate_fn=_collate,
         num_workers=num_workers,
@@ -143,14 +98,16 @@ class _Item(NamedTuple):
 class _TrainingSet(Dataset):
     """Augmented images by their position in the stream."""
 
-    def __init__(self, order: SampleOrder, image_size: int, augmentation: Augmentation) -> None:
-        self.order = order
+    def __init__(
+        self, index: ShardIndex, image_size: int, augmentation: Augmentation, *, seed: int
+    ) -> None:
+        self.index, self.order = index, SampleOrder(index.samples_per_shard, seed=seed)
         self.image_size = image_size
         self.augmentation = augmentation
 
     def __getitem__(self, position: int) -> _Item:
         epoch, number = self.order.sample_at(position)
-        sample = self.order.index.sample(number)
+        sample = self.index.sample(number)
         crop_seed = SampleSeed(self.order.seed, epoch, number)
         choose_crop = partial(random_crop, augmentation=self.augmentation, seed=crop_seed)
         return _Item(decode_sample(sample, choose_crop, image_size=self.image_size), sample.key)
@@ -167,16 +124,3 @@ def _leave_stopping_to_the_rank(_: int) -> None:
 
 def _collate(items: list[_Item]) -> Batch:
     return Batch(torch.stack([item.image_3HW for item in items]), [item.key for item in items])
-
-
-@lru_cache(maxsize=8)
-def _shuffled(count: int, label: str) -> np.ndarray:
-    """The numbers 0 .. count - 1 in a random order set by the arguments alone, int64 (count,).
-
-    It sorts random 64-bit words: numpy promises that a bit generator's raw words stay the same in
-    every version, but not what `permutation` returns, and a run must not resume in another order.
-    """
-    words = np.random.Philox(key=xxhash.xxh3_128_intdigest(label.encode())).random_raw(count)
-    order = np.argsort(words, kind="stable")
-    order.flags.writeable = False  # it is shared by all who ask
-    return order
