@@ -13,8 +13,10 @@ import torch
 
 from vqrae_ds.data.crops import Augmentation, centre_crop
 from vqrae_ds.data.decode import decode_sample
-from vqrae_ds.data.index import ShardIndex, find_images, index_shards, write_shards
+from vqrae_ds.data.index import ShardIndex
+from vqrae_ds.data.indexing import index_shards
 from vqrae_ds.data.order import SampleOrder, micro_batch_positions
+from vqrae_ds.data.shard_writing import find_images, write_shards
 from vqrae_ds.data.stream import Batch, evaluation_batches, training_batches
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
@@ -227,7 +229,7 @@ def test_evaluation_sees_each_sample_once_in_equal_batches(
 
 
 def test_an_order_read_from_disk_is_the_order_as_written(photos: ShardIndex) -> None:
-    again = index_shards(photos.folder)
+    again = index_shards(photos.shards[0].folder)
     for position in range(24):
         one, other = (
             SampleOrder(index.samples_per_shard, seed=5).sample_at(position)

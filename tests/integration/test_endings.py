@@ -14,8 +14,9 @@ from tests.conftest import ROOT
 from tests.launching import finish, make_inputs, ranks_of, started, wait_for_step, write_configs
 from vqrae_ds.config.schema import RunConfig
 from vqrae_ds.conversion.consolidate import consolidate
-from vqrae_ds.data.index import find_images, read_index, write_shards
+from vqrae_ds.data.index import read_index
 from vqrae_ds.data.order import SampleOrder
+from vqrae_ds.data.shard_writing import find_images, write_shards
 from vqrae_ds.evaluation.summary import read_metrics
 from vqrae_ds.manifest import find_step_folder, find_step_folders, read_manifest
 
