@@ -15,9 +15,10 @@ from vqrae_ds.data.crops import Augmentation, centre_crop
 from vqrae_ds.data.decode import decode_sample
 from vqrae_ds.data.index import ShardIndex
 from vqrae_ds.data.indexing import index_shards
+from vqrae_ds.data.loader import Batch
 from vqrae_ds.data.order import SampleOrder, micro_batch_positions
 from vqrae_ds.data.shard_writing import find_images, write_shards
-from vqrae_ds.data.stream import Batch, evaluation_batches, training_batches
+from vqrae_ds.data.stream import evaluation_batches, training_batches
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 AUGMENTATION = Augmentation(0.3, 1.0, horizontal_flip=True)

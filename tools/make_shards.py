@@ -95,9 +95,7 @@ def main() -> None:
             show_progress=True,
         )
         if index is None:
-            print(
-                f"{arguments.output}: part {arguments.part.number} is read; merge by --index-only alone"
-            )
+            print(f"{arguments.output}: the part is read; --index-only without --part merges")
             return
     else:
         if arguments.skip_bad or arguments.part or arguments.processes != 1:

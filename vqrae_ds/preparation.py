@@ -18,8 +18,10 @@ from vqrae_ds.stopping import StopRequest
 
 if TYPE_CHECKING:
     from vqrae_ds.checkpoint import TrainState
+    from vqrae_ds.data.bad_data import BadData
     from vqrae_ds.data.index import ShardIndex
-    from vqrae_ds.data.stream import Batch
+    from vqrae_ds.data.loader import Batch
+    from vqrae_ds.data.opening import Reader
     from vqrae_ds.engines import DeepSpeedEngine, Ranks
     from vqrae_ds.guard import Guard
     from vqrae_ds.losses.objective import Objective
@@ -40,6 +42,7 @@ class Setup(NamedTuple):
     objective: Objective
     perceptual: PerceptualLoss | None
     guard: Guard
+    bad_data: BadData
     stop: StopVote
     ema: WeightAverage | None
     batches: Iterator[Batch]
@@ -47,6 +50,10 @@ class Setup(NamedTuple):
     validation_index: ShardIndex | None
     state: TrainState
     pretrained: FileRecord | None = None  # the run's file of frozen pretrained weights
+
+    def must_stop(self) -> bool:
+        """Whether too many steps were skipped in a row, or too many samples; on all ranks alike."""
+        return self.guard.must_stop() or self.bad_data.must_stop()
 
 
 def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
@@ -59,7 +66,8 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     # Imported here, so that a mistake in the configuration does not wait for torch.
     from vqrae_ds import checkpoint, engines
     from vqrae_ds.calibration import calibrate
-    from vqrae_ds.data.index import read_index
+    from vqrae_ds.data.bad_data import BadData
+    from vqrae_ds.data.opening import Reader, open_index
     from vqrae_ds.guard import Guard
     from vqrae_ds.ranks import failing_together
     from vqrae_ds.sharding.ema import WeightAverage
@@ -71,9 +79,11 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     ranks = engines.start(timeout, config.run.deterministic, tensor_size)
     with failing_together():
         Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
-    index = _read_training_index(config.data)
-    validation = config.data.validation
-    validation_index = None if validation is None else read_index(Path(validation))
+    reader = Reader(ranks.data_rank, ranks.data_size)
+    with failing_together():  # each rank may look at other shards
+        index = _open_training_index(config.data, reader)
+        validation = config.data.validation
+        validation_index = validation and open_index(validation, config.data, reader)
 
     checkpoint.prepare_local_dir(run)
     watchdog.begin("the search for a checkpoint")
@@ -109,6 +119,11 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
         objective,
         perceptual,
         Guard(config.guard, extra.get("guard")),
+        BadData(
+            config.data.max_bad_share,
+            extra.get("bad_data"),
+            sees_its_own=ranks.rank % tensor_size == 0,
+        ),
         stop,
         ema,
         _training_batches(run, ranks, index, start=state.samples),
@@ -145,10 +160,10 @@ def set_learning_rates(
         engines.set_learning_rate(discriminator, max(step - first, 0))
 
 
-def _read_training_index(data: DataConfig) -> ShardIndex:
-    from vqrae_ds.data.index import read_index
+def _open_training_index(data: DataConfig, reader: Reader) -> ShardIndex:
+    from vqrae_ds.data.opening import open_index
 
-    index = read_index(Path(data.train))
+    index = open_index(data.train, data, reader)
     if data.samples_per_epoch not in (None, index.num_samples):
         logger.warning(
             "data.samples_per_epoch is %d, and %s has %d samples: epochs count the former",
@@ -193,22 +208,14 @@ def _needs_calibration(run: Run) -> bool:
 
 
 def _training_batches(run: Run, ranks: Ranks, index: ShardIndex, *, start: int) -> Iterator[Batch]:
-    from vqrae_ds.data.crops import Augmentation
-    from vqrae_ds.data.stream import training_batches
+    from vqrae_ds.data.opening import Reader, open_training
 
-    data = run.config.data
-    return training_batches(
+    return open_training(
+        run.config.data,
         index,
+        Reader(ranks.data_rank, ranks.data_size),
         image_size=run.config.model.image_size,
         micro_batch_size=run.schedule.batch.micro_batch,
-        rank=ranks.data_rank,
-        world_size=ranks.data_size,
         seed=run.config.run.seed,
         start=start,
-        num_workers=data.num_workers,
-        augmentation=Augmentation(
-            crop_scale_min=data.crop_scale_min,
-            crop_scale_max=data.crop_scale_max,
-            horizontal_flip=data.horizontal_flip,
-        ),
     )
