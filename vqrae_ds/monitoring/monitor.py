@@ -34,11 +34,8 @@ from vqrae_ds.monitoring.throughput import RankFigures, Throughput
 
 logger = logging.getLogger(__name__)
 
-CODES, GRADIENT, BAD_DATA = (
-    "codes",
-    "gradient_",
-    "bad data",
-)  # of the vectors in the reduction, beside the terms
+# Of the vectors in the reduction, beside the terms.
+CODES, GRADIENT, BAD_DATA = "codes", "gradient_", "bad data"
 
 
 class CodeWindow:
