@@ -27,6 +27,7 @@ MAX_SIDE = 65_535
 MAX_SCANS = 500
 _START_OF_SCAN = b"\xff\xda"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers without a length
 _ORIENTATION = 0x0112
 _SHOWN_BYTES = 24
@@ -48,6 +49,7 @@ class Header(NamedTuple):
     height: int
     components: int = 0  # JPEG alone: 1 grey, 3 colour, 4 CMYK
     orientation: int = 1
+    has_scans: bool = False  # a JPEG of more than one scan, as every progressive one is
 
 
 def checked_header(data: bytes, limits: Limits) -> Header:
@@ -67,7 +69,7 @@ def checked_header(data: bytes, limits: Limits) -> Header:
         raise BadSample(f"{size} has a side over the limit of {limits.side}", TOO_LARGE)
     if not (header.width and header.height):
         raise BadSample(f"cannot decode the image: it is {size}")
-    if header.format == "JPEG" and (scans := data.count(_START_OF_SCAN)) > MAX_SCANS:
+    if header.has_scans and (scans := data.count(_START_OF_SCAN)) > MAX_SCANS:
         raise BadSample(f"a JPEG of {scans} scans is over the limit of {MAX_SCANS}", TOO_MANY_SCANS)
     return header
 
@@ -89,24 +91,25 @@ def read_header(data: bytes) -> Header:
 
 
 def _read_jpeg(data: bytes) -> Header:
-    at, orientation = 2, 1
-    while True:
-        at = data.find(b"\xff", at)
-        if at < 0:
-            raise BadSample("cannot decode the image: a JPEG without a frame", CORRUPT)
+    header, at, orientation = None, 2, 1
+    while (at := data.find(b"\xff", at)) >= 0:
         marker = data[at + 1]
         if marker in _ALONE or marker in (0x00, 0xFF):
             at += 1 if marker == 0xFF else 2
             continue
-        if marker in (0xD9, 0xDA):  # the end, or the first scan
-            raise BadSample("cannot decode the image: a JPEG without a frame", CORRUPT)
+        if marker == 0xD9 or (marker == 0xDA and header is None):  # the end, or a scan of nothing
+            break
+        if marker == 0xDA:  # one scan of all components is the only one that is read
+            has_scans = header.has_scans or data[at + 4] < header.components
+            return header._replace(has_scans=has_scans, orientation=orientation)
         (length,) = struct.unpack_from(">H", data, at + 2)
-        if marker in _FRAMES:
+        if marker in _FRAMES and header is None:
             height, width, components = struct.unpack_from(">HHB", data, at + 5)
-            return Header("JPEG", width, height, components, orientation)
+            header = Header("JPEG", width, height, components, has_scans=marker in _PROGRESSIVE)
         if marker == 0xE1 and data.startswith(b"Exif\0\0", at + 4):
             orientation = _exif_orientation(data[at + 10 : at + 2 + length])
         at += 2 + length
+    raise BadSample("cannot decode the image: a JPEG without a frame or a scan", CORRUPT)
 
 
 def _exif_orientation(tiff: bytes) -> int:
