@@ -217,13 +217,13 @@ def read_all(index: ShardIndex, seed: int) -> list[Batch]:
 def test_a_share_above_the_limit_is_a_reason_to_stop() -> None:
     bad = BadData(max_share=0.01)
     assert bad.learn(torch.tensor([FEWEST_SAMPLES / 2, *[0.0] * len(KINDS)])) == {}
-    counts = torch.tensor([600.0, *[1.0] * len(KINDS)])
+    counts = torch.tensor([1600.0, *[1.0] * len(KINDS)])
     bad._log_first = lambda kinds: None  # no peers here; the ranks below log for real
     figures = bad.learn(counts)
     assert figures["data/skipped"] == len(KINDS) and figures["data/corrupt"] == 1
-    assert not bad.must_stop(), "9 of 1100 are below 1 %"
+    assert not bad.must_stop(), "13 of 2100 are below 1 %"
     bad.learn(torch.tensor([10.0, *[1.0] * len(KINDS)]))
-    assert bad.must_stop() and "18 of the last 1110" in bad.reason()
+    assert bad.must_stop() and "26 of the last 2110" in bad.reason()
 
 
 def count_on_ranks(rank: int) -> None:

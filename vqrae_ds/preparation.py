@@ -81,7 +81,8 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
         Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
     reader = Reader(ranks.data_rank, ranks.data_size)
     with failing_together():  # each rank may look at other shards
-        index = _open_training_index(config.data, reader)
+        streams = config.data.streaming is not None
+        index = None if streams else _open_training_index(config.data, reader)
         validation = config.data.validation
         validation_index = validation and open_index(validation, config.data, reader)
 
@@ -101,7 +102,7 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
             folder, generator, discriminator, ema, seed=config.run.seed
         )
         set_learning_rates(generator, discriminator, config.losses, state.step)
-        _check_same_data(extra, index, config.data.train)
+        _check_same_data(extra, _num_samples(index), config.data.train)
     elif _needs_calibration(run):
         images = _training_batches(run, ranks, index, start=0)
         images = watchdog.watching(images, "the calibration")
@@ -127,7 +128,7 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
         stop,
         ema,
         _training_batches(run, ranks, index, start=state.samples),
-        index.num_samples,
+        _num_samples(index),
         validation_index,
         state,
         pretrained,
@@ -172,12 +173,17 @@ def _open_training_index(data: DataConfig, reader: Reader) -> ShardIndex:
     return index
 
 
-def _check_same_data(extra: dict[str, Any], index: ShardIndex, path: str) -> None:
+def _num_samples(index: ShardIndex | None) -> int:
+    """Of the training data; 0 for shards that are streamed, where nobody knows."""
+    return 0 if index is None else index.num_samples
+
+
+def _check_same_data(extra: dict[str, Any], num_samples: int, path: str) -> None:
     """A place in the stream means nothing in another data set."""
-    before = extra.get("num_samples", index.num_samples)
-    if before != index.num_samples:
+    before = extra.get("num_samples", num_samples)
+    if before != num_samples:
         raise ValueError(
-            f"data.train: {path} has {index.num_samples} samples, and the run went through a set "
+            f"data.train: {path} has {num_samples} samples, and the run went through a set "
             f"of {before}: give that one, or start a new run with init.from_run"
         )
 
@@ -207,7 +213,9 @@ def _needs_calibration(run: Run) -> bool:
     return is_first and config.model.standardization == "calibrated"
 
 
-def _training_batches(run: Run, ranks: Ranks, index: ShardIndex, *, start: int) -> Iterator[Batch]:
+def _training_batches(
+    run: Run, ranks: Ranks, index: ShardIndex | None, *, start: int
+) -> Iterator[Batch]:
     from vqrae_ds.data.opening import Reader, open_training
 
     return open_training(

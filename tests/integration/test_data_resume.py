@@ -140,3 +140,40 @@ def place_of_all(tmp_path: Path, position: int) -> str:
     first = indexes[0].num_samples
     sample = indexes[0].sample(number) if number < first else indexes[1].sample(number - first)
     return sample.key
+
+
+def stream_noting(rank: int, folder: Path, steps: int) -> None:
+    from vqrae_ds.preparation import prepare
+    from vqrae_ds.train import train
+
+    scratch = folder / f"rank{rank}"
+    if not scratch.exists():
+        scratch.mkdir()
+        save_initial(scratch / "initial")
+    sections = settings(folder, 2)
+    sections["run"]["total_steps"] = 12
+    sections["data"] |= {
+        "train": f"{folder / 'shards'}/{{000000..000003}}.tar",
+        "streaming": {"shuffle_samples": 6},
+    }
+    run = make_run(scratch, 1, **sections)
+    setup = prepare(run)
+    assert setup.state.step == 12 - steps
+    seen = folder / f"start{setup.state.step:02d}_rank{rank}.jsonl"
+    batches = noting(setup.batches, seen, setup.state.step + 1, 1, 6 if steps == 12 else 0)
+    train(run, setup._replace(batches=batches))
+    os._exit(0)  # as above
+
+
+def test_a_training_on_streamed_shards_is_killed_and_goes_on(tmp_path: Path) -> None:
+    photos = find_images(ROOT / "tests/data/photos")
+    write_shards(photos, tmp_path / "shards", samples_per_shard=12, root=ROOT / "tests/data/photos")
+    for path in (tmp_path / "shards").glob("index.*"):
+        path.unlink()  # nothing but the tar files is needed
+    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):
+        run_ranks(2, stream_noting, tmp_path, 12)
+    run_ranks(2, stream_noting, tmp_path, 7)
+    steps = seen_by_step(tmp_path)
+    assert list(steps) == list(range(1, 13))
+    assert all(len(keys) == BATCH and not skipped for keys, skipped in steps.values())
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 12

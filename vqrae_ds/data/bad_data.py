@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 MISSING_SHARD, RESIZED_SHARD, UNREADABLE = "missing_shard", "resized_shard", "unreadable"
 EMPTY, TOO_LONG, NOT_AN_IMAGE = "empty", "too_long", "not_an_image"
 TOO_LARGE, TOO_MANY_SCANS, CORRUPT = "too_large", "too_many_scans", "corrupt"
+REFUSED_MEMBER, DUPLICATE_KEY = "refused_member", "duplicate_key"
+CUT_SHARD, DAMAGED_SHARD = "cut_shard", "damaged_shard"
 KINDS = (
     MISSING_SHARD,  # the file of the shard is not there
     RESIZED_SHARD,  # it has another size than its index says, or ends inside the sample
@@ -31,6 +33,11 @@ KINDS = (
     TOO_LARGE,  # more pixels than data.max_image_pixels, or too long a side
     TOO_MANY_SCANS,  # a JPEG that takes minutes for each of its pixels
     CORRUPT,  # the decoder finds it cut or damaged
+    # Met where there is no index; one is built without them, or not at all.
+    REFUSED_MEMBER,  # no image and no companion of one: it may hold code
+    DUPLICATE_KEY,  # a second image of its key in the shard
+    CUT_SHARD,  # the tar ends too early
+    DAMAGED_SHARD,  # no header is where one must be
 )
 # The share is that of the last samples, this many or more: a few bad ones at the start are no rate.
 FEWEST_SAMPLES, MOST_SAMPLES = 1_000, 1_000_000
@@ -47,7 +54,7 @@ class BadSample(ValueError):
 
 
 class Skipped(NamedTuple):
-    """A sample that another one stands in for; `message` names its shard and key."""
+    """A sample, or a shard, that could not be used; `message` names shard and key."""
 
     kind: str
     message: str

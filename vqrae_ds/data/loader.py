@@ -17,15 +17,15 @@ from vqrae_ds.stopping import SIGNALS
 
 
 class Item(NamedTuple):
-    """An image, its key, and the sample that it stands in for, if that could not be used."""
+    """An image, its key, and what could not be used before it, or in its place."""
 
     image_3HW: torch.Tensor
     key: str
-    skipped: Skipped | None = None
+    skipped: tuple[Skipped, ...] = ()
 
 
 class Batch(NamedTuple):
-    """Images of one micro batch, their keys, and the samples that some of them stand in for."""
+    """Images of one micro batch, their keys, and the samples that could not be used."""
 
     images_B3HW: torch.Tensor  # float32 in [0, 1]
     keys: list[str]
@@ -72,5 +72,5 @@ def _collate(items: list[Item]) -> Batch:
     return Batch(
         torch.stack([item.image_3HW for item in items]),
         [item.key for item in items],
-        [item.skipped for item in items if item.skipped is not None],
+        [skipped for item in items for skipped in item.skipped],
     )

@@ -15,6 +15,7 @@ from vqrae_ds.data.image_header import Limits
 from vqrae_ds.data.index import ShardIndex, merge, read_index, shard_faults
 from vqrae_ds.data.loader import Batch
 from vqrae_ds.data.stream import EvaluationBatch, evaluation_batches, training_batches
+from vqrae_ds.data.streaming import Stream, streamed_batches
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def decoding_of(data: DataConfig) -> Decoding:
 
 def open_training(
     data: DataConfig,
-    index: ShardIndex,
+    index: ShardIndex | None,
     reader: Reader,
     *,
     image_size: int,
@@ -70,7 +71,31 @@ def open_training(
     seed: int,
     start: int,
 ) -> Iterator[Batch]:
-    """The endless micro batches of one rank, from the sample `start` of the stream on."""
+    """The endless micro batches of one rank, from the sample `start` of the stream on.
+
+    Without an `index` the shards of `data.train` are streamed.
+    """
+    augmentation = Augmentation(
+        crop_scale_min=data.crop_scale_min,
+        crop_scale_max=data.crop_scale_max,
+        horizontal_flip=data.horizontal_flip,
+    )
+    skip_bad = data.bad_samples == "skip"
+    if index is None:
+        stream = Stream(
+            shards=expand_braces(data.train),
+            image_size=image_size,
+            micro_batch_size=micro_batch_size,
+            world_size=reader.world_size,
+            seed=seed,
+            start=start,
+            shuffle_samples=data.streaming.shuffle_samples,
+            augmentation=augmentation,
+            decoding=decoding_of(data),
+            skip_bad=skip_bad,
+        )
+        loading = {"num_workers": data.num_workers, "prefetch_batches": data.prefetch_batches}
+        return streamed_batches(stream, reader.rank, **loading)
     return training_batches(
         index,
         image_size=image_size,
@@ -80,13 +105,9 @@ def open_training(
         seed=seed,
         start=start,
         num_workers=data.num_workers,
-        augmentation=Augmentation(
-            crop_scale_min=data.crop_scale_min,
-            crop_scale_max=data.crop_scale_max,
-            horizontal_flip=data.horizontal_flip,
-        ),
+        augmentation=augmentation,
         decoding=decoding_of(data),
-        skip_bad=data.bad_samples == "skip",
+        skip_bad=skip_bad,
         prefetch_batches=data.prefetch_batches,
     )
 

@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import xxhash
 
+from vqrae_ds.data.bad_data import CUT_SHARD, DAMAGED_SHARD, DUPLICATE_KEY, REFUSED_MEMBER
 from vqrae_ds.data.sample_table import IMAGE_EXTENSIONS, MAX_LENGTH, encode_samples
 from vqrae_ds.data.tar_members import BrokenTar, ForwardReader, Member, read_members
 
 COMPANION_EXTENSIONS = ("json", "txt", "cls")
 COMPRESSED_SUFFIXES = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-# What may be left out of an index, where it is not refused.
-REFUSED_MEMBER, DUPLICATE_KEY, CUT_SHARD = "refused_member", "duplicate_key", "cut_shard"
-DAMAGED_SHARD, COMPRESSED_SHARD = "damaged_shard", "compressed_shard"
+# What may be left out of an index beside the kinds of `bad_data`, where it is not refused.
+COMPRESSED_SHARD = "compressed_shard"
 
 
 class ScannedShard(NamedTuple):
@@ -58,7 +58,7 @@ def scan_shard(path: Path, *, skip_bad: bool = False) -> ScannedShard:
     path = Path(path)
     left_out: Counter[str] = Counter()
     faults: list[str] = []
-    images: dict[str, Member] = {}  # by key
+    names, images = ImageNames(), {}  # members by key
 
     def leave_out(kind: str, error: ValueError) -> None:
         message = f"{path} is not a sound shard: {error}"
@@ -78,7 +78,8 @@ def scan_shard(path: Path, *, skip_bad: bool = False) -> ScannedShard:
         try:
             for member in read_members(reader):
                 try:
-                    _add(images, member)
+                    if (key := names.key_of_image(member)) is not None:
+                        images[key] = member
                 except RefusedMember as error:
                     leave_out(error.kind, error)
         except BrokenTar as error:
@@ -106,16 +107,23 @@ def image_name(member: Member) -> MemberName:
     return MemberName(folder + slash + stem, extension.lower())
 
 
-def _add(images: dict[str, Member], member: Member) -> None:
-    if member.is_folder:
-        return
-    name = image_name(member)
-    if name.extension in COMPANION_EXTENSIONS:
-        return
-    if name.key in images:
-        raise RefusedMember(f"two images have the key {name.key!r}", DUPLICATE_KEY)
-    if "\0" in name.key or member.size > MAX_LENGTH:
-        raise RefusedMember(
-            f"member {member.name!r} has {member.size} bytes, or a zero in its name"
-        )
-    images[name.key] = member
+class ImageNames:
+    """The keys of the images of one shard, none of them twice."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+
+    def key_of_image(self, member: Member) -> str | None:
+        """The key of an image; None for a folder or a companion. Raises `RefusedMember`."""
+        if member.is_folder:
+            return None
+        name = image_name(member)
+        if name.extension in COMPANION_EXTENSIONS:
+            return None
+        if name.key in self._keys:
+            raise RefusedMember(f"two images have the key {name.key!r}", DUPLICATE_KEY)
+        if "\0" in name.key or member.size > MAX_LENGTH:
+            refused = f"member {member.name!r} has {member.size} bytes, or a zero in its name"
+            raise RefusedMember(refused)
+        self._keys.add(name.key)
+        return name.key

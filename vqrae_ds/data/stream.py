@@ -125,7 +125,7 @@ class _TrainingSet(Dataset):
         place = self.order.sample_at(position)
         crop_seed = SampleSeed(self.order.seed, *place)
         choose_crop = partial(random_crop, augmentation=self.augmentation, seed=crop_seed)
-        number, skipped = place.sample, None
+        number, skipped = place.sample, ()
         for attempt in range(ATTEMPTS):
             sample = self.index.sample(number)
             try:
@@ -136,7 +136,7 @@ class _TrainingSet(Dataset):
             except BadSample as error:
                 if not self.skip_bad:
                     raise
-                skipped = skipped or Skipped(error.kind, str(error))
+                skipped = skipped or (Skipped(error.kind, str(error)),)
             number = self.order.replacement(place, attempt)
         message = f"{ATTEMPTS} samples that were to stand in for one another are all bad"
-        raise BadSample(f"{message}; the first: {skipped.message}", skipped.kind)
+        raise BadSample(f"{message}; the first: {skipped[0].message}", skipped[0].kind)
