@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import io
 import itertools
 import pickle
+import shutil
+import tarfile
+import tempfile
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from vqrae_ds.data.crops import Augmentation, centre_crop
 from vqrae_ds.data.decode import decode_sample
@@ -35,10 +44,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 
 def read(index: ShardIndex, num_batches: int, **changes: object) -> list[Batch]:
-    settings = dict(
+    defaults = dict(
         image_size=24, micro_batch_size=2, rank=0, world_size=1, seed=0, start=0, num_workers=0
     )
-    batches = training_batches(index, **settings | changes, augmentation=AUGMENTATION)
+    batches = training_batches(index, **defaults | changes, augmentation=AUGMENTATION)
     return list(itertools.islice(batches, num_batches))
 
 
@@ -46,6 +55,58 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
     assert [batch.keys for batch in ours] == [batch.keys for batch in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.images_B3HW, b.images_B3HW)
+
+
+@lru_cache(maxsize=4)
+def tiny_shards(sizes: tuple[int, ...]) -> ShardIndex:
+    """Shards of so many images of 4 pixels each, all different."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    for s, size in enumerate(sizes):
+        with tarfile.open(folder / f"{s}.tar", "w") as tar:
+            for i in range(size):
+                buffer = io.BytesIO()
+                Image.new("RGB", (2, 2), (s, i, 7)).save(buffer, "PNG")
+                member = tarfile.TarInfo(f"{s}_{i}.png")
+                member.size = buffer.tell()
+                tar.addfile(member, io.BytesIO(buffer.getvalue()))
+    return index_shards(folder)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    sizes=st.sampled_from([(5, 0, 7, 1), (3,), (1, 1, 9), (2, 6, 4)]),
+    seed=st.integers(0, 2**31),
+    world_size=st.integers(1, 8),
+    micro_batch=st.integers(1, 3),
+    num_workers=st.integers(0, 3),
+    later_workers=st.integers(0, 3),
+    data=st.data(),
+)
+def test_batches_of_all_ranks_are_the_epochs_whatever_reads_them(
+    sizes: tuple[int, ...],
+    seed: int,
+    world_size: int,
+    micro_batch: int,
+    num_workers: int,
+    later_workers: int,
+    data: st.DataObject,
+) -> None:
+    index = tiny_shards(sizes)
+    steps = -(-index.num_samples // (world_size * micro_batch)) + 1
+    killed_after = data.draw(st.integers(0, steps), label="killed after")
+    common = dict(seed=seed, world_size=world_size, micro_batch_size=micro_batch, image_size=2)
+    ranks = []
+    for rank in range(world_size):
+        before = read(index, killed_after, rank=rank, num_workers=num_workers, **common)
+        start = killed_after * world_size * micro_batch
+        rest = dict(rank=rank, num_workers=later_workers, start=start)
+        ranks.append(before + read(index, steps - killed_after, **rest, **common))
+        assert_same(ranks[-1], read(index, steps, rank=rank, **common))
+    keys = [key for step in zip(*ranks, strict=True) for batch in step for key in batch.keys]
+    epoch = [index.sample(i).key for i in range(index.num_samples)]
+    for first in range(0, len(keys) - len(epoch) + 1, len(epoch)):
+        assert sorted(keys[first : first + len(epoch)]) == sorted(epoch)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
@@ -95,10 +156,10 @@ def test_resume_at_any_position_is_the_uninterrupted_run(photos: ShardIndex) -> 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_of_two_ranks_with_and_without_workers(photos: ShardIndex, num_workers: int) -> None:
     for rank in (0, 1):
-        settings = dict(rank=rank, world_size=2, micro_batch_size=3, num_workers=num_workers)
+        common = dict(rank=rank, world_size=2, micro_batch_size=3, num_workers=num_workers)
         whole = read(photos, 5, rank=rank, world_size=2, micro_batch_size=3)
-        assert_same(read(photos, 5, **settings), whole)
-        assert_same(read(photos, 3, **settings, start=2 * 2 * 3), whole[2:])
+        assert_same(read(photos, 5, **common), whole)
+        assert_same(read(photos, 3, **common, start=2 * 2 * 3), whole[2:])
 
 
 def test_resume_with_another_world_goes_on_with_the_same_images(photos: ShardIndex) -> None:
