@@ -21,12 +21,14 @@ examples:
   python tools/make_shards.py --index-only data/datacomp_01              # then once: merges
 
 A build that was interrupted goes on where it was. Several folders are one data set to a training
-that names them all: data.train=[data/datacomp_00, data/datacomp_01], or data/datacomp_{00..31}.
+that names them all: data.train=data/datacomp_{00..31}, or data/{some,others}.
 
-What it takes: every byte is read once, for the checksums, at 5 microseconds of one core a member
-beside that; 1.3 billion images of img2dataset with their json and txt are 3.9 billion members, some
-6 hours of one core, and about 8 GB of index (6 bytes a sample). A training holds only the list of
-shards, 0.5 kB each.
+What it takes: every byte is read once, for the checksums. Measured on 1,000 shards of 1,000 samples
+with their json and txt (3 million members, 4.8 GB): 18 s of one core, 36 MB of memory a process,
+4.3 bytes a sample. By these, 1.3 billion such samples take 6.5 hours of one core, 12 minutes of 32,
+and as long as the disk needs for their bytes; with lengths as images of 40 kB have them the index
+has 4.9 bytes a sample, 6.4 GB, where keys are numbers, and 22 (28 GB) where they are random. A
+training holds the list of shards alone: 105 MB a rank for 130,000 of them, read in 4 s.
 """
 
 

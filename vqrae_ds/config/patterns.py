@@ -1,4 +1,4 @@
-"""One text for many paths: `data/part_{00..31}`, `{data/a,data/b}`, as a shell writes it."""
+"""One text for many paths: `data/part_{00..31}`, `data/{some,others}`, as a shell writes it."""
 
 from __future__ import annotations
 

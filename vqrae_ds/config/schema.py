@@ -72,7 +72,7 @@ class StreamingConfig(Section):
 class DataConfig(Section):
     """Folders of tar shards with an index, as tools/make_shards.py writes them.
 
-    Several are one data set: `data/part_{00..31}`, or `{data/a,data/b}`.
+    Several are one data set: `data/part_{00..31}`, or `data/{some,others}`.
 
     With `bad_samples: refuse` a sample that cannot be used ends the run with its shard and key.
     With `skip` another one stands in for it; it is counted by its kind, and the run ends where the
