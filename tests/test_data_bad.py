@@ -18,9 +18,10 @@ import torch.distributed as dist
 from tests.bad_members import Fault, make_faults
 from tests.distributed import run_ranks
 from tests.memory import sampled_memory
-from vqrae_ds.data.bad_data import FEWEST_SAMPLES, KINDS, BadData, BadSample, Skipped
+from vqrae_ds.data.bad_data import FEWEST_SAMPLES, BadData
 from vqrae_ds.data.crops import Augmentation, centre_crop
 from vqrae_ds.data.decode import Decoding, decode_crop
+from vqrae_ds.data.faults import KINDS, BadSample, Skipped
 from vqrae_ds.data.image_header import Limits
 from vqrae_ds.data.index import ShardIndex, read_index
 from vqrae_ds.data.indexing import index_shards

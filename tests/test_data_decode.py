@@ -13,9 +13,9 @@ import simplejpeg
 import torch
 from PIL import Image, ImageOps
 
-from vqrae_ds.data.bad_data import BadSample
 from vqrae_ds.data.crops import Augmentation, Crop, SampleSeed, centre_crop, random_crop
 from vqrae_ds.data.decode import Decoding, decode_crop, decode_image, decode_sample
+from vqrae_ds.data.faults import BadSample
 from vqrae_ds.data.image_header import MAX_PIXELS, Limits, read_header
 from vqrae_ds.data.index import Sample
 

@@ -12,9 +12,9 @@ import pytest
 from tests.bad_members import make_faults
 from tests.test_data_bad import LIMITS, write_shards_with
 from vqrae_ds.data import streaming
-from vqrae_ds.data.bad_data import BadSample
 from vqrae_ds.data.crops import Augmentation
 from vqrae_ds.data.decode import Decoding
+from vqrae_ds.data.faults import BadSample
 from vqrae_ds.data.loader import Batch
 from vqrae_ds.data.streaming import Stream, check_url, streamed_batches
 

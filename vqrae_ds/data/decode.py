@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vqrae_ds.data.bad_data import TOO_LARGE, BadSample
 from vqrae_ds.data.crops import Crop, centre_crop
+from vqrae_ds.data.faults import TOO_LARGE, BadSample
 from vqrae_ds.data.image_header import Header, Limits, checked_header
 from vqrae_ds.data.index import Sample
 from vqrae_ds.data.reading import read_sample

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Literal, NamedTuple
 
-from vqrae_ds.data.bad_data import (
+from vqrae_ds.data.faults import (
     CORRUPT,
     EMPTY,
     NOT_AN_IMAGE,

@@ -69,7 +69,7 @@ class Shard(NamedTuple):
 class ShardFault(NamedTuple):
     """A shard that is not as it was when it was indexed."""
 
-    kind: str  # of `bad_data`
+    kind: str  # of `faults`
     message: str
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vqrae_ds.data.bad_data import Skipped
+from vqrae_ds.data.faults import Skipped
 from vqrae_ds.stopping import SIGNALS
 
 

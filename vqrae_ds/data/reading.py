@@ -6,7 +6,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from vqrae_ds.data.bad_data import MISSING_SHARD, RESIZED_SHARD, TOO_LONG, UNREADABLE, BadSample
+from vqrae_ds.data.faults import MISSING_SHARD, RESIZED_SHARD, TOO_LONG, UNREADABLE, BadSample
 from vqrae_ds.data.index import Sample
 
 _OPEN_SHARDS = 16  # a process reads from one shard at a time, or two where it changes

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import xxhash
 
-from vqrae_ds.data.bad_data import CUT_SHARD, DAMAGED_SHARD, DUPLICATE_KEY, REFUSED_MEMBER
+from vqrae_ds.data.faults import CUT_SHARD, DAMAGED_SHARD, DUPLICATE_KEY, REFUSED_MEMBER
 from vqrae_ds.data.sample_table import IMAGE_EXTENSIONS, MAX_LENGTH, encode_samples
 from vqrae_ds.data.tar_members import BrokenTar, ForwardReader, Member, read_members
 
 COMPANION_EXTENSIONS = ("json", "txt", "cls")
 COMPRESSED_SUFFIXES = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-# What may be left out of an index beside the kinds of `bad_data`, where it is not refused.
+# What may be left out of an index beside the kinds of `faults`, where it is not refused.
 COMPRESSED_SHARD = "compressed_shard"
 
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from vqrae_ds.data.bad_data import BadSample, Skipped
 from vqrae_ds.data.crops import Augmentation, SampleSeed, centre_crop, random_crop
 from vqrae_ds.data.decode import EXACT, Decoding, decode_sample
+from vqrae_ds.data.faults import BadSample, Skipped
 from vqrae_ds.data.index import ShardIndex
 from vqrae_ds.data.loader import Batch, Item, load
 from vqrae_ds.data.order import SampleOrder, micro_batch_positions

@@ -24,7 +24,9 @@ from urllib.parse import urlsplit
 import xxhash
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vqrae_ds.data.bad_data import (
+from vqrae_ds.data.crops import Augmentation, SampleSeed, random_crop
+from vqrae_ds.data.decode import Decoding, as_float, decode_crop
+from vqrae_ds.data.faults import (
     CUT_SHARD,
     DAMAGED_SHARD,
     MISSING_SHARD,
@@ -33,8 +35,6 @@ from vqrae_ds.data.bad_data import (
     BadSample,
     Skipped,
 )
-from vqrae_ds.data.crops import Augmentation, SampleSeed, random_crop
-from vqrae_ds.data.decode import Decoding, as_float, decode_crop
 from vqrae_ds.data.loader import Batch, Item, load
 from vqrae_ds.data.shard_scan import ImageNames, RefusedMember
 from vqrae_ds.data.tar_members import BrokenTar, ForwardReader, read_members
