@@ -251,6 +251,8 @@ def count_on_ranks(rank: int) -> None:
     for _ in range(100):
         bad.add(1, [Skipped("corrupt", "x")])
     bad.agree()
+    assert not bad.must_stop(), "a save is no moment to stop"
+    bad.learn(torch.zeros(1 + len(KINDS)))
     assert bad.must_stop()
 
 

@@ -43,6 +43,7 @@ class BadData:
         self._seen, self._counts = 0, dict.fromkeys(KINDS, 0)  # of this rank since the last `learn`
         self._examples: dict[str, list[str]] = {}
         self._recent_seen = self._recent_bad = 0
+        self._judged_seen = self._judged_bad = 0  # as the last `learn` left them
 
     def add(self, num_samples: int, skipped: Sequence[Skipped]) -> None:
         """Count a batch of this rank."""
@@ -64,6 +65,32 @@ class BadData:
 
         The first samples of a kind are logged. Returns the totals of the run as metrics.
         """
+        self._take(sums)
+        self._judged_seen, self._judged_bad = self._recent_seen, self._recent_bad
+        skipped = {f"data/{kind}": float(count) for kind, count in self.totals.items() if count}
+        return {"data/skipped": float(sum(self.totals.values())), **skipped} if skipped else {}
+
+    def agree(self) -> dict[str, int]:
+        """What the next start begins with; all ranks call it, and wait for one another.
+
+        It is no moment to stop: `must_stop` waits for the next `learn`.
+        """
+        self._take(torch.tensor(gather(self.counts().tolist()), dtype=torch.float64).sum(0))
+        return {kind: count for kind, count in self.totals.items() if count}
+
+    def must_stop(self) -> bool:
+        """Whether the share of bad samples is above the configured one; the same on all ranks."""
+        return self._judged_bad > self.max_share * max(self._judged_seen, FEWEST_SAMPLES)
+
+    def reason(self) -> str:
+        """Why the run stops, for a sentence."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.totals.items() if count)
+        return (
+            f"{self._judged_bad} of the last {self._judged_seen} samples could not be used, above "
+            f"data.max_bad_share = {self.max_share:g} (in the whole run: {kinds})"
+        )
+
+    def _take(self, sums: Tensor) -> None:
         seen, *counts = (round(value) for value in sums.tolist())
         found = {kind: count for kind, count in zip(KINDS, counts, strict=True) if count}
         if new := [kind for kind in found if not self.totals[kind]]:
@@ -77,25 +104,6 @@ class BadData:
             self._recent_bad //= 2
         self._seen, self._counts = 0, dict.fromkeys(KINDS, 0)
         self._examples.clear()
-        skipped = {f"data/{kind}": float(count) for kind, count in self.totals.items() if count}
-        return {"data/skipped": float(sum(self.totals.values())), **skipped} if skipped else {}
-
-    def agree(self) -> dict[str, int]:
-        """What the next start begins with; all ranks call it, and wait for one another."""
-        self.learn(torch.tensor(gather(self.counts().tolist()), dtype=torch.float64).sum(0))
-        return {kind: count for kind, count in self.totals.items() if count}
-
-    def must_stop(self) -> bool:
-        """Whether the share of bad samples is above the configured one; the same on all ranks."""
-        return self._recent_bad > self.max_share * max(self._recent_seen, FEWEST_SAMPLES)
-
-    def reason(self) -> str:
-        """Why the run stops, for a sentence."""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.totals.items() if count)
-        return (
-            f"{self._recent_bad} of the last {self._recent_seen} samples could not be used, above "
-            f"data.max_bad_share = {self.max_share:g} (in the whole run: {kinds})"
-        )
 
     def _log_first(self, kinds: Sequence[str]) -> None:
         """All ranks gather, which only the first sample of a kind costs."""
