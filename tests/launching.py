@@ -18,7 +18,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.tiny import DEEPSPEED, ENCODER, GAN, MODEL, build_model
-from vqrae_ds.data.index import find_images, write_shards
+from vqrae_ds.data.shard_writing import find_images, write_shards
 
 STEPS, SAVE_EVERY = 24, 8
 ADAMW = {

@@ -1,4 +1,4 @@
-"""Decoding: exactly Pillow's pixels, every colour mode and orientation, and bad bytes refused."""
+"""Decoding: Pillow's pixels within rounding, every colour mode and orientation, no bad bytes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 
-from vqrae_ds.data.decode import (
-    MAX_PIXELS,
-    Augmentation,
-    Crop,
-    SampleSeed,
-    centre_crop,
-    crop_to_tensor,
-    decode_image,
-    decode_sample,
-    random_crop,
-)
+from vqrae_ds.data.crops import Augmentation, Crop, SampleSeed, centre_crop, random_crop
+from vqrae_ds.data.decode import Decoding, decode_crop, decode_image, decode_sample
+from vqrae_ds.data.faults import BadSample
+from vqrae_ds.data.image_header import MAX_PIXELS, Limits, read_header
 from vqrae_ds.data.index import Sample
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
@@ -60,30 +54,112 @@ def make_png(width: int, height: int, rows: bytes, *, depth: int = 8, colour: in
         (PHOTOS / "train" / "categorization_monuments_leaningTowerOfPisa.webp", (0, 54, 212, 266)),
     ],
 )
-def test_evaluation_transform_is_pillow_bit_for_bit(
+def test_evaluation_transform_is_pillow_within_rounding(
     photo: Path, box: tuple, image_size: int
 ) -> None:
     sample = Sample(photo, "key", 0, photo.stat().st_size)
     ours = decode_sample(sample, centre_crop, image_size=image_size)
-    with Image.open(photo) as image:
-        theirs = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
-    expected = torch.from_numpy(np.array(theirs)).permute(2, 0, 1).float() / 255
     assert ours.dtype == torch.float32 and ours.is_contiguous()
-    assert torch.equal(ours, expected)
+    with Image.open(photo) as image:
+        theirs = image.crop(box).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    difference = (ours * 255).round().permute(1, 2, 0).numpy() - np.asarray(theirs, np.float32)
+    assert np.abs(difference).max() <= 2 and psnr(difference) > 50
+
+
+def psnr(difference: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(np.mean(difference**2), 1e-9)))
+
+
+def photographs(size: tuple[int, int] = (512, 512), **options: object) -> list[bytes]:
+    """Some of the photographs as JPEGs of that width and height."""
+    found = []
+    for path in sorted(PHOTOS.glob("*/*.webp"))[::4]:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), size)
+            found.append(encode(fitted, "JPEG", quality=92, **options))
+    return found
+
+
+@pytest.mark.parametrize(("mode", "least"), [("exact", 50), ("fast", 37)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_jpegs_are_near_pillow_in_both_modes(mode: str, least: int, options: dict) -> None:
+    found = []
+    for data in photographs(**options):
+        ours = decode_crop(data, centre_crop, image_size=256, decoding=Decoding(mode))
+        assert ours.dtype == torch.uint8 and ours.shape == (3, 256, 256)
+        with Image.open(io.BytesIO(data)) as image:
+            theirs = image.resize((256, 256), Image.Resampling.BICUBIC)
+        found.append(psnr(ours.permute(1, 2, 0).numpy() - np.asarray(theirs, np.float32)))
+    assert np.mean(found) >= least and min(found) >= least - 3, found
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_jpegs_are_cropped_upright(mode: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = photographs((320, 240), exif=exif)[0]
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    crop = Crop(20, 8, 160, mirrored=True)
+    ours = decode_crop(data, lambda *_: crop, image_size=64, decoding=Decoding(mode))
+    theirs = upright.crop((20, 8, 180, 168)).resize((64, 64), Image.Resampling.BICUBIC)
+    difference = ours.permute(1, 2, 0).numpy()[:, ::-1] - np.asarray(theirs, np.float32)
+    assert psnr(difference) > (50 if mode == "exact" else 30)
+
+
+def test_fast_mode_decodes_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, decode = [], simplejpeg.decode_jpeg
+
+    def noting(*arguments: object, **options: object) -> np.ndarray:
+        pixels = decode(*arguments, **options)
+        sizes.append(pixels.shape[0])
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", noting)
+    data = photographs()[0]
+    for image_size in (512, 300, 256, 200, 128, 64, 32, 16):
+        decode_crop(data, centre_crop, image_size=image_size, decoding=Decoding("fast"))
+    assert sizes == [512, 512, 256, 256, 128, 64, 64, 64]
+
+
+def test_what_libjpeg_turbo_objects_to_is_left_to_pillow() -> None:
+    data = photographs()[0]
+    with_rest = data[:-2] + b"junk before the end" + data[-2:]
+    assert torch.equal(
+        decode_crop(with_rest, centre_crop, image_size=64),
+        decode_crop(data, centre_crop, image_size=64),
+    )
+    for broken in (data[: len(data) // 2], data[:300]):
+        with pytest.raises(BadSample, match="cannot decode the image"):
+            decode_crop(broken, centre_crop, image_size=64)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK"])
+def test_headers_are_those_that_pillow_reads(format: str, mode: str) -> None:
+    if (format, mode) in {("JPEG", "RGBA"), ("PNG", "CMYK"), ("WEBP", "CMYK")}:
+        pytest.skip("there is no such file")
+    for options in ({}, {"lossless": True}, {"progressive": True}):
+        data = encode(Image.new(mode, (300, 17)), format, **options)
+        assert read_header(data)[:3] == (format, 300, 17)
+        for cut in range(12, 24):
+            with pytest.raises(BadSample):
+                read_header(data[:cut])
 
 
 def test_an_image_of_the_right_size_passes_unchanged() -> None:
     stored = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
-    image = decode_image(encode(Image.fromarray(stored), "PNG"))
-    ours = crop_to_tensor(image, centre_crop(48, 48), image_size=48)
-    assert np.array_equal((ours * 255).round().numpy().transpose(1, 2, 0), stored)
-    assert ours.min() == 0 and ours.max() == 1
+    ours = decode_crop(encode(Image.fromarray(stored), "PNG"), centre_crop, image_size=48)
+    assert np.array_equal(ours.permute(1, 2, 0).numpy(), stored)
 
 
 def test_a_mirrored_crop_is_the_flipped_tensor() -> None:
-    image = decode_image(CROCODILE.read_bytes())
-    plain = crop_to_tensor(image, Crop(100, 20, 300, mirrored=False), image_size=64)
-    mirrored = crop_to_tensor(image, Crop(100, 20, 300, mirrored=True), image_size=64)
+    data = CROCODILE.read_bytes()
+    plain, mirrored = (
+        decode_crop(data, lambda *_, m=m: Crop(100, 20, 300, mirrored=m), image_size=64)
+        for m in (False, True)
+    )
     assert torch.equal(mirrored, plain.flip(-1)) and not torch.equal(mirrored, plain)
 
 
@@ -212,12 +288,12 @@ def test_too_many_pixels_are_refused_from_the_header() -> None:
     assert 88e6 < MAX_PIXELS < 90e6
     with pytest.raises(ValueError, match="13000 x 13000 is over the 89478485 pixel limit"):
         decode_image(make_png(13000, 13000, rows=b""))
-    with pytest.raises(ValueError, match=r"cannot decode .* \(900000000 pixels\)"):
+    with pytest.raises(ValueError, match="30000 x 30000 is over the"):
         decode_image(make_png(30000, 30000, rows=b""))
     image = encode(Image.new("RGB", (10, 8)), "PNG")
-    assert decode_image(image, max_pixels=80).size == (10, 8)
+    assert decode_image(image, limits=Limits(pixels=80)).size == (10, 8)
     with pytest.raises(ValueError, match="10 x 8 is over the 79 pixel limit"):
-        decode_image(image, max_pixels=79)
+        decode_image(image, limits=Limits(pixels=79))
 
 
 def test_bytes_that_are_no_image_are_refused() -> None:
@@ -227,8 +303,10 @@ def test_bytes_that_are_no_image_are_refused() -> None:
         for broken in (data[: len(data) // 2], data[:40], data[:3]):
             with pytest.raises(ValueError, match="cannot decode the image"):
                 decode_image(broken)
+    with pytest.raises(ValueError, match="it has no bytes"):
+        decode_image(b"")
     gif = encode(Image.new("P", (4, 4)), "GIF")
-    for other in (b"", b"<html>404</html>", gif, bytes(1000)):
+    for other in (b"<html>404</html>", gif, bytes(1000)):
         with pytest.raises(ValueError, match="cannot decode the image"):
             decode_image(other)
 
@@ -246,6 +324,8 @@ def test_a_bad_sample_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=named + "the shard ends inside the image"):
         decode_sample(whole._replace(offset=513), centre_crop, image_size=8)
     with pytest.raises(ValueError, match=named + f"{len(data)} bytes is over the limit of 999"):
-        decode_sample(whole, centre_crop, image_size=8, max_bytes=999)
+        decode_sample(whole, centre_crop, image_size=8, decoding=Decoding(limits=Limits(999)))
     with pytest.raises(ValueError, match=named + ".*1024 x 506 is over the 1000 pixel limit"):
-        decode_sample(whole, centre_crop, image_size=8, max_pixels=1000)
+        decode_sample(
+            whole, centre_crop, image_size=8, decoding=Decoding(limits=Limits(pixels=1000))
+        )

@@ -9,15 +9,16 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vqrae_ds.data.index import (
-    INDEX_NAME,
-    ShardIndex,
-    find_images,
-    index_shards,
-    read_index,
-    write_shards,
-)
+from tests.memory import sampled_memory
+from vqrae_ds.data.index import INDEX_NAME, SAMPLES_NAME, ShardIndex, _samples, read_index
+from vqrae_ds.data.indexing import index_shards
+from vqrae_ds.data.sample_table import IMAGE_EXTENSIONS, decode_samples, encode_samples
+from vqrae_ds.data.shard_writing import find_images, write_shards
+from vqrae_ds.data.tar_members import ForwardReader, read_members
+from vqrae_ds.manifest import hash_file
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 
@@ -70,7 +71,7 @@ def test_img2dataset_layout(tmp_path: Path) -> None:
     (tmp_path / "00000_stats.json").write_text("{}")
     index = index_shards(tmp_path)
     assert list_keys(index) == ["000000000", "000000002", "../../etc/passwd"]
-    assert list(index.shards[0].extensions) == ["jpg", "jpeg", "png"]
+    assert list(index.samples_of(0).extensions) == [0, 1, 2], "jpg, jpeg, png"
     assert [index.sample(i).shard for i in range(3)] == [tmp_path / "00000.tar"] * 3
 
 
@@ -81,8 +82,8 @@ def test_read_index_gives_back_what_was_written(tmp_path: Path) -> None:
     for i in range(45):
         assert read.sample(i) == written.sample(i)
     for ours, theirs in zip(read.shards, written.shards, strict=True):
-        assert ours._asdict().keys() == theirs._asdict().keys()
-        assert (ours.file, ours.size, ours.xxh3_128) == (theirs.file, theirs.size, theirs.xxh3_128)
+        assert ours == theirs
+        assert hash_file(ours.path) == (ours.size, ours.xxh3_128)
 
 
 @pytest.fixture
@@ -223,13 +224,13 @@ def test_read_index_names_a_missing_or_resized_shard(shards: Path) -> None:
     [
         {"file": "../1.tar"},
         {"file": "sub/1.tar"},
-        {"offsets": [0]},
-        {"offsets": [-1] * 10},
-        {"lengths": [1 << 40] * 10},
-        {"lengths": [1 << 80] * 10},
-        {"lengths": ["much"] * 10},
-        {"keys": "abc"},
+        {"table": [0, 1 << 40, "0"]},
+        {"table": [-1, 10, "0"]},
+        {"table": "abc"},
+        {"num_samples": -1},
+        {"num_samples": "many"},
         {"size": "large"},
+        {"left_out": 3},
         {"unknown": 1},
     ],
 )
@@ -241,6 +242,61 @@ def test_a_damaged_index_is_refused_by_name(shards: Path, damage: dict) -> None:
         read_index(shards)
 
 
+def test_no_damaged_byte_of_the_tables_goes_unnoticed(shards: Path) -> None:
+    path = shards / SAMPLES_NAME
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        altered = bytearray(whole)
+        altered[at] ^= 1
+        path.write_bytes(altered)
+        _samples.cache_clear()
+        index = read_index(shards)
+        with pytest.raises(ValueError, match="index.samples was altered or cut.*make_shards"):
+            for number in range(index.num_samples):
+                index.sample(number)
+        path.write_bytes(whole[:at])
+        with pytest.raises(ValueError, match="index.samples beside it is shorter"):
+            read_index(shards)
+
+
+def test_an_index_of_the_version_before_gives_the_same_samples(shards: Path) -> None:
+    index, entries = read_index(shards), []
+    for number, shard in enumerate(index.shards):
+        table = index.samples_of(number)
+        columns = {
+            "keys": table.keys,
+            "extensions": [IMAGE_EXTENSIONS[code] for code in table.extensions],
+            "offsets": table.offsets.tolist(),
+            "lengths": table.lengths.tolist(),
+        }
+        named = {"file": shard.file, "size": shard.size, "xxh3_128": shard.xxh3_128}
+        entries.append(named | columns)
+    (shards / SAMPLES_NAME).unlink()
+    (shards / INDEX_NAME).write_text(json.dumps({"format_version": 1, "shards": entries}))
+    before = read_index(shards)
+    assert [before.sample(i) for i in range(20)] == [index.sample(i) for i in range(20)]
+    for damage in ({"offsets": [0]}, {"offsets": [-1] * 10}, {"lengths": [1 << 80] * 10}):
+        payload = {"format_version": 1, "shards": [entries[0], entries[1] | damage]}
+        (shards / INDEX_NAME).write_text(json.dumps(payload))
+        with pytest.raises(ValueError, match="index.json is not a readable index"):
+            read_index(shards)
+
+
+@given(st.lists(st.tuples(st.text(max_size=9), st.integers(0, 5000), st.integers(0, 4))))
+def test_a_table_gives_back_what_it_was_made_of(drawn: list) -> None:
+    keys, lengths, offsets, at = [key.replace("\0", "") for key, _, _ in drawn], [], [], 0
+    for _, length, blocks in drawn:
+        at += 512 * (1 + blocks)
+        offsets.append(at)
+        lengths.append(length)
+        at += -(-length // 512) * 512
+    extensions = [IMAGE_EXTENSIONS[blocks % 4] for _, _, blocks in drawn]
+    found = decode_samples(encode_samples(keys, extensions, offsets, lengths), len(drawn))
+    assert found.keys == keys
+    assert found.offsets.tolist() == offsets and found.lengths.tolist() == lengths
+    assert [IMAGE_EXTENSIONS[code] for code in found.extensions] == extensions
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", "\0\xff", '{"format_version": 99, "shards": []}', '{"format_version": 1}'],
@@ -249,3 +305,45 @@ def test_an_index_of_another_kind_is_refused(shards: Path, text: str) -> None:
     (shards / INDEX_NAME).write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match="index.json is not a readable index"):
         read_index(shards)
+
+
+def test_members_are_those_that_tarfile_finds(tmp_path: Path) -> None:
+    long = "d" * 90 + "/"
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        with tarfile.open(tmp_path / "0.tar", "w", format=form) as tar:
+            for name in [
+                "a.jpg",
+                f"{long}b.jpg",
+                *["\u00e9.jpg", long * 4 + "c.png"][: form % 3 + 1],
+            ]:
+                member = tarfile.TarInfo(name)
+                member.size, member.mtime = 700, 1
+                tar.addfile(member, io.BytesIO(bytes(700)))
+            for name, kind in (("cats", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE)):
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = kind, long
+                tar.addfile(member)
+        with tarfile.open(tmp_path / "0.tar") as tar:
+            theirs = [(m.name, m.offset_data, m.size, m.isreg(), m.isdir()) for m in tar]
+        size = (tmp_path / "0.tar").stat().st_size
+        for known_size in (size, None):
+            with open(tmp_path / "0.tar", "rb") as file:
+                ours = list(read_members(ForwardReader(file, size=known_size)))
+            assert [(m.name.rstrip("/"), *m[1:]) for m in ours] == theirs
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_a_name_that_claims_to_be_huge_is_not_read(tmp_path: Path, kind: bytes) -> None:
+    size = 200 << 20
+    with open(tmp_path / "0.tar", "wb") as file:
+        member = tarfile.TarInfo("name")
+        member.type, member.size = kind, size
+        file.write(member.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(512 + size + 10240)
+    peaks: dict[str, int] = {}
+    with (
+        sampled_memory(peaks),
+        pytest.raises(ValueError, match=f"a name of {size} bytes at byte 0"),
+    ):
+        index_shards(tmp_path)
+    assert peaks.get("RssAnon", 0) < 32 << 20

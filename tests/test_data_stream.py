@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+import atexit
+import io
 import itertools
 import pickle
+import shutil
+import tarfile
+import tempfile
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from vqrae_ds.data.decode import Augmentation, centre_crop, decode_sample
-from vqrae_ds.data.index import Shard, ShardIndex, find_images, index_shards, write_shards
-from vqrae_ds.data.stream import (
-    Batch,
-    SampleOrder,
-    evaluation_batches,
-    micro_batch_positions,
-    training_batches,
-)
+from vqrae_ds.data.crops import Augmentation, centre_crop
+from vqrae_ds.data.decode import decode_sample
+from vqrae_ds.data.index import ShardIndex
+from vqrae_ds.data.indexing import index_shards
+from vqrae_ds.data.loader import Batch
+from vqrae_ds.data.order import SampleOrder, micro_batch_positions
+from vqrae_ds.data.shard_writing import find_images, write_shards
+from vqrae_ds.data.stream import evaluation_batches, training_batches
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 AUGMENTATION = Augmentation(0.3, 1.0, horizontal_flip=True)
 SHARD_SIZES = [5, 0, 7, 1, 12, 6]
 NUM_SAMPLES = sum(SHARD_SIZES)
-
-
-def make_index(sizes: list[int]) -> ShardIndex:
-    """An index of shards that lie nowhere: enough to ask for the order."""
-    shards = [
-        Shard(f"{s}.tar", 0, "", np.array([""] * size), *[np.zeros(size, np.int64)] * 3)
-        for s, size in enumerate(sizes)
-    ]
-    return ShardIndex(Path("nowhere"), shards)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +44,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 
 def read(index: ShardIndex, num_batches: int, **changes: object) -> list[Batch]:
-    settings = dict(
+    defaults = dict(
         image_size=24, micro_batch_size=2, rank=0, world_size=1, seed=0, start=0, num_workers=0
     )
-    batches = training_batches(index, **settings | changes, augmentation=AUGMENTATION)
+    batches = training_batches(index, **defaults | changes, augmentation=AUGMENTATION)
     return list(itertools.islice(batches, num_batches))
 
 
@@ -56,6 +55,58 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
     assert [batch.keys for batch in ours] == [batch.keys for batch in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.images_B3HW, b.images_B3HW)
+
+
+@lru_cache(maxsize=4)
+def tiny_shards(sizes: tuple[int, ...]) -> ShardIndex:
+    """Shards of so many images of 4 pixels each, all different."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    for s, size in enumerate(sizes):
+        with tarfile.open(folder / f"{s}.tar", "w") as tar:
+            for i in range(size):
+                buffer = io.BytesIO()
+                Image.new("RGB", (2, 2), (s, i, 7)).save(buffer, "PNG")
+                member = tarfile.TarInfo(f"{s}_{i}.png")
+                member.size = buffer.tell()
+                tar.addfile(member, io.BytesIO(buffer.getvalue()))
+    return index_shards(folder)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    sizes=st.sampled_from([(5, 0, 7, 1), (3,), (1, 1, 9), (2, 6, 4)]),
+    seed=st.integers(0, 2**31),
+    world_size=st.integers(1, 8),
+    micro_batch=st.integers(1, 3),
+    num_workers=st.integers(0, 3),
+    later_workers=st.integers(0, 3),
+    data=st.data(),
+)
+def test_batches_of_all_ranks_are_the_epochs_whatever_reads_them(
+    sizes: tuple[int, ...],
+    seed: int,
+    world_size: int,
+    micro_batch: int,
+    num_workers: int,
+    later_workers: int,
+    data: st.DataObject,
+) -> None:
+    index = tiny_shards(sizes)
+    steps = -(-index.num_samples // (world_size * micro_batch)) + 1
+    killed_after = data.draw(st.integers(0, steps), label="killed after")
+    common = dict(seed=seed, world_size=world_size, micro_batch_size=micro_batch, image_size=2)
+    ranks = []
+    for rank in range(world_size):
+        before = read(index, killed_after, rank=rank, num_workers=num_workers, **common)
+        start = killed_after * world_size * micro_batch
+        rest = dict(rank=rank, num_workers=later_workers, start=start)
+        ranks.append(before + read(index, steps - killed_after, **rest, **common))
+        assert_same(ranks[-1], read(index, steps, rank=rank, **common))
+    keys = [key for step in zip(*ranks, strict=True) for batch in step for key in batch.keys]
+    epoch = [index.sample(i).key for i in range(index.num_samples)]
+    for first in range(0, len(keys) - len(epoch) + 1, len(epoch)):
+        assert sorted(keys[first : first + len(epoch)]) == sorted(epoch)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
@@ -74,7 +125,7 @@ def test_each_sample_comes_once_an_epoch(
     # No position twice, none left out ...
     assert sorted(taken) == list(range(start, start + num_steps * world_size * micro_batch_size))
     # ... so that each full epoch among them has each sample once.
-    order = SampleOrder(make_index(SHARD_SIZES), seed=3)
+    order = SampleOrder(SHARD_SIZES, seed=3)
     count = Counter(order.sample_at(position) for position in taken)
     for epoch in (1, 2, 3):
         assert [count[epoch, i] for i in range(NUM_SAMPLES)] == [1] * NUM_SAMPLES
@@ -84,7 +135,7 @@ def test_each_sample_comes_once_an_epoch(
 def test_the_order_does_not_depend_on_the_world(
     photos: ShardIndex, world_size: int, micro_batch_size: int
 ) -> None:
-    order = SampleOrder(photos, seed=0)
+    order = SampleOrder(photos.samples_per_shard, seed=0)
     expected = [photos.sample(order.sample_at(position).sample).key for position in range(24)]
     num_steps = 24 // (world_size * micro_batch_size)
     ranks = [
@@ -105,10 +156,10 @@ def test_resume_at_any_position_is_the_uninterrupted_run(photos: ShardIndex) -> 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_of_two_ranks_with_and_without_workers(photos: ShardIndex, num_workers: int) -> None:
     for rank in (0, 1):
-        settings = dict(rank=rank, world_size=2, micro_batch_size=3, num_workers=num_workers)
+        common = dict(rank=rank, world_size=2, micro_batch_size=3, num_workers=num_workers)
         whole = read(photos, 5, rank=rank, world_size=2, micro_batch_size=3)
-        assert_same(read(photos, 5, **settings), whole)
-        assert_same(read(photos, 3, **settings, start=2 * 2 * 3), whole[2:])
+        assert_same(read(photos, 5, **common), whole)
+        assert_same(read(photos, 3, **common, start=2 * 2 * 3), whole[2:])
 
 
 def test_resume_with_another_world_goes_on_with_the_same_images(photos: ShardIndex) -> None:
@@ -120,7 +171,7 @@ def test_resume_with_another_world_goes_on_with_the_same_images(photos: ShardInd
 
 def test_seeds_and_epochs_differ_in_order_and_in_crops(photos: ShardIndex) -> None:
     def epochs(seed: int) -> tuple[tuple[int, ...], ...]:
-        order = SampleOrder(make_index(SHARD_SIZES), seed=seed)
+        order = SampleOrder(SHARD_SIZES, seed=seed)
         numbers = [order.sample_at(position).sample for position in range(3 * NUM_SAMPLES)]
         return tuple(tuple(numbers[e * NUM_SAMPLES :][:NUM_SAMPLES]) for e in range(3))
 
@@ -138,8 +189,7 @@ def test_seeds_and_epochs_differ_in_order_and_in_crops(photos: ShardIndex) -> No
 
 
 def test_shards_and_samples_are_shuffled_and_a_shard_is_read_in_one_go() -> None:
-    index = make_index([50] * 40)
-    order = SampleOrder(index, seed=0)
+    order = SampleOrder([50] * 40, seed=0)
     numbers = np.array([order.sample_at(position).sample for position in range(2000)])
     shards = numbers.reshape(40, 50) // 50
     assert (shards == shards[:, :1]).all()
@@ -153,7 +203,7 @@ def test_shards_and_samples_are_shuffled_and_a_shard_is_read_in_one_go() -> None
 
 def test_the_order_is_pinned() -> None:
     """A run that resumes under another version of numpy or torch must go on in the same order."""
-    order = SampleOrder(make_index([3, 4, 3]), seed=7)
+    order = SampleOrder([3, 4, 3], seed=7)
     assert [order.sample_at(position).sample for position in range(20)] == [
         9,
         8,
@@ -179,19 +229,19 @@ def test_the_order_is_pinned() -> None:
 
 
 def test_a_far_position_costs_no_replay() -> None:
-    order = SampleOrder(make_index(SHARD_SIZES), seed=0)
+    order = SampleOrder(SHARD_SIZES, seed=0)
     far = 10**15
     places = [order.sample_at(position) for position in range(far, far + 2 * NUM_SAMPLES)]
     assert places[0].epoch == far // NUM_SAMPLES
     next_epoch = [place.sample for place in places if place.epoch == places[0].epoch + 1]
     assert sorted(next_epoch) == list(range(NUM_SAMPLES))
-    assert order.sample_at(3) == SampleOrder(make_index(SHARD_SIZES), seed=0).sample_at(3)
+    assert order.sample_at(3) == SampleOrder(SHARD_SIZES, seed=0).sample_at(3)
 
 
 def test_the_index_travels_to_workers(photos: ShardIndex) -> None:
-    copy = pickle.loads(pickle.dumps(SampleOrder(photos, seed=1)))
-    assert copy.sample_at(11) == SampleOrder(photos, seed=1).sample_at(11)
-    assert copy.index.sample(5) == photos.sample(5)
+    order = SampleOrder(photos.samples_per_shard, seed=1)
+    assert pickle.loads(pickle.dumps(order)).sample_at(11) == order.sample_at(11)
+    assert pickle.loads(pickle.dumps(photos)).sample(5) == photos.sample(5)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -241,7 +291,10 @@ def test_evaluation_sees_each_sample_once_in_equal_batches(
 
 
 def test_an_order_read_from_disk_is_the_order_as_written(photos: ShardIndex) -> None:
-    again = index_shards(photos.folder)
+    again = index_shards(photos.shards[0].folder)
     for position in range(24):
-        one, other = (SampleOrder(index, seed=5).sample_at(position) for index in (photos, again))
+        one, other = (
+            SampleOrder(index.samples_per_shard, seed=5).sample_at(position)
+            for index in (photos, again)
+        )
         assert one == other and photos.sample(one.sample) == again.sample(other.sample)

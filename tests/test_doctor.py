@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from tests.config_files import write_files
 from tests.conftest import ROOT, run_python
 from vqrae_ds.config import read_run
-from vqrae_ds.data.index import find_images, write_shards
+from vqrae_ds.data.shard_writing import find_images, write_shards
 from vqrae_ds.launching import connections
 from vqrae_ds.launching.checks import Report, judge
 from vqrae_ds.launching.connections import command_for, explain_failure

@@ -143,6 +143,7 @@ def setup_of(
 ) -> Setup:
     """What the trainer's own steps need, around engines that are there."""
     from vqrae_ds.checkpoint import TrainState
+    from vqrae_ds.data.bad_data import BadData
     from vqrae_ds.guard import Guard
     from vqrae_ds.preparation import Setup
 
@@ -153,6 +154,7 @@ def setup_of(
         objective=objective,
         perceptual=None,
         guard=Guard(guard or GuardConfig()),
+        bad_data=BadData(max_share=0.01),
         stop=None,
         ema=None,
         batches=iter(()),

@@ -8,6 +8,8 @@
               checkpoint of 8 ranks: processor time, memory (about 3 minutes and 6 GB of disk)
   simvq       SimVQ against vector-quantize-pytorch's and the textbook's, forward and backward on
               the CPU: time, memory, the right codes; on a GPU the kernel (about 4 minutes)
+  data        decoding photographs, and resuming in the middle of a million samples, against
+              webdataset with Pillow (one core, about 3 minutes)
 
 examples:
   python tools/benchmark.py step
@@ -40,6 +42,7 @@ def main() -> None:
         "checkpoint": run_checkpoint,
         "convert": run_convert,
         "simvq": run_simvq,
+        "data": run_data,
     }
     report = run_one[args.name](args)
     print(as_text(report))
@@ -62,6 +65,7 @@ def make_parser() -> OneLineParser:
         "checkpoint": add_checkpoint_options,
         "convert": add_convert_options,
         "simvq": add_simvq_options,
+        "data": add_data_options,
     }
     for name, add in add_options.items():
         parser_of_one = names.add_parser(name, **help_of_all)
@@ -135,6 +139,23 @@ def add_simvq_options(simvq: argparse.ArgumentParser) -> None:
     )
 
 
+def add_data_options(data: argparse.ArgumentParser) -> None:
+    """Of `run_data`."""
+    photos = Path(__file__).parents[1] / "tests" / "data" / "photos"
+    data.add_argument("--photos", type=Path, default=photos, metavar="DIR", help="of photographs")
+    data.add_argument("--folder", type=Path, help="where to make the shards, and remove them")
+    data.add_argument(
+        "--position",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="sample to resume at (default: %(default)s)",
+    )
+    data.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="of each (default: %(default)s)"
+    )
+
+
 def run_step(args: argparse.Namespace) -> Report:
     """The benchmark `step`."""
     if args.micro_batch is not None and args.micro_batch < 1:
@@ -180,6 +201,17 @@ def run_simvq(args: argparse.Namespace) -> Report:
     from vqrae_ds.benchmarks.simvq import measure_simvq
 
     return measure_simvq(args.rounds)
+
+
+def run_data(args: argparse.Namespace) -> Report:
+    """The benchmark `data`."""
+    if args.rounds < 1 or args.position < 100:
+        raise ValueError(f"--rounds {args.rounds} --position {args.position}: 1, and 100, or more")
+    if args.folder is not None and not args.folder.is_dir():
+        raise ValueError(f"--folder {args.folder} is no folder")
+    from vqrae_ds.benchmarks.data import measure_data
+
+    return measure_data(args.photos, args.folder, args.position, args.rounds)
 
 
 if __name__ == "__main__":

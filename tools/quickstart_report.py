@@ -10,7 +10,7 @@ import torch
 from vqrae_ds import VQRAE
 from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.data.decode import load_image
-from vqrae_ds.data.index import find_images
+from vqrae_ds.data.shard_writing import find_images
 from vqrae_ds.evaluation.report import image_grid, save_grid
 from vqrae_ds.evaluation.summary import summarize_run
 from vqrae_ds.manifest import write_json_atomically

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vqrae_ds.data.stream import Batch
+from vqrae_ds.data.loader import Batch
 
 logger = logging.getLogger(__name__)
 

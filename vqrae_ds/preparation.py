@@ -18,8 +18,10 @@ from vqrae_ds.stopping import StopRequest
 
 if TYPE_CHECKING:
     from vqrae_ds.checkpoint import TrainState
+    from vqrae_ds.data.bad_data import BadData
     from vqrae_ds.data.index import ShardIndex
-    from vqrae_ds.data.stream import Batch
+    from vqrae_ds.data.loader import Batch
+    from vqrae_ds.data.opening import Reader
     from vqrae_ds.engines import DeepSpeedEngine, Ranks
     from vqrae_ds.guard import Guard
     from vqrae_ds.losses.objective import Objective
@@ -40,6 +42,7 @@ class Setup(NamedTuple):
     objective: Objective
     perceptual: PerceptualLoss | None
     guard: Guard
+    bad_data: BadData
     stop: StopVote
     ema: WeightAverage | None
     batches: Iterator[Batch]
@@ -47,6 +50,10 @@ class Setup(NamedTuple):
     validation_index: ShardIndex | None
     state: TrainState
     pretrained: FileRecord | None = None  # the run's file of frozen pretrained weights
+
+    def must_stop(self) -> bool:
+        """Whether too many steps were skipped in a row, or too many samples; on all ranks alike."""
+        return self.guard.must_stop() or self.bad_data.must_stop()
 
 
 def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
@@ -58,8 +65,7 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     """
     # Imported here, so that a mistake in the configuration does not wait for torch.
     from vqrae_ds import checkpoint, engines
-    from vqrae_ds.calibration import calibrate
-    from vqrae_ds.data.index import read_index
+    from vqrae_ds.data.bad_data import BadData
     from vqrae_ds.guard import Guard
     from vqrae_ds.ranks import failing_together
     from vqrae_ds.sharding.ema import WeightAverage
@@ -71,9 +77,7 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     ranks = engines.start(timeout, config.run.deterministic, tensor_size)
     with failing_together():
         Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
-    index = _read_training_index(config.data)
-    validation = config.data.validation
-    validation_index = None if validation is None else read_index(Path(validation))
+    index, validation_index = _open_indices(config.data, ranks)
 
     checkpoint.prepare_local_dir(run)
     watchdog.begin("the search for a checkpoint")
@@ -84,38 +88,29 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     generator = engines.build_generator(run, fill=folder is None)
     discriminator = engines.build_discriminator(run, fill=folder is None)
     ema = None if config.ema is None else WeightAverage(generator, config.ema.decay)
-    state, extra, pretrained = checkpoint.TrainState(), {}, None
     if folder is not None:
-        watchdog.begin(f"the loading of {folder}")
-        state, extra, pretrained = checkpoint.resume(
-            folder, generator, discriminator, ema, seed=config.run.seed
-        )
-        set_learning_rates(generator, discriminator, config.losses, state.step)
-        _check_same_data(extra, index, config.data.train)
-    elif _needs_calibration(run):
-        images = _training_batches(run, ranks, index, start=0)
-        images = watchdog.watching(images, "the calibration")
-        calibrate(generator, images, config.run.calibration_images, ranks.device, ranks.data_size)
-    if pretrained is None:
-        watchdog.begin("the writing of the frozen weights")
-        pretrained = checkpoint.write_pretrained(run, generator)
+        start = _resume(run, folder, index, generator, discriminator, ema)
+    else:
+        start = _begin(run, ranks, index, generator)
     checkpoint.warn_of_shortage(run, generator, discriminator, ema)
     stop = StopVote(stop_request or stop_request_of(run), ranks.rank, ranks.device)
     objective, perceptual = _objective(run, ranks, discriminator, stop)
+    sees_its_own = ranks.rank % tensor_size == 0
     return Setup(
         ranks,
         generator,
         discriminator,
         objective,
         perceptual,
-        Guard(config.guard, extra.get("guard"), tensor_size),
+        Guard(config.guard, start.extra.get("guard"), tensor_size),
+        BadData(config.data.max_bad_share, start.extra.get("bad_data"), sees_its_own=sees_its_own),
         stop,
         ema,
-        _training_batches(run, ranks, index, start=state.samples),
-        index.num_samples,
+        _training_batches(run, ranks, index, start=start.state.samples),
+        _num_samples(index),
         validation_index,
-        state,
-        pretrained,
+        start.state,
+        start.pretrained,
     )
 
 
@@ -145,10 +140,77 @@ def set_learning_rates(
         set_learning_rate(discriminator, max(step - first, 0))
 
 
-def _read_training_index(data: DataConfig) -> ShardIndex:
-    from vqrae_ds.data.index import read_index
+class _Start(NamedTuple):
+    """Where the run stands before its next step."""
 
-    index = read_index(Path(data.train))
+    state: TrainState
+    extra: dict[str, Any]  # what the checkpoint keeps beside the engines
+    pretrained: FileRecord | None
+
+
+def _resume(
+    run: Run,
+    folder: Path,
+    index: ShardIndex | None,
+    generator: DeepSpeedEngine,
+    discriminator: DeepSpeedEngine | None,
+    ema: WeightAverage | None,
+) -> _Start:
+    """Go on from a checkpoint."""
+    from vqrae_ds import checkpoint
+
+    watchdog.begin(f"the loading of {folder}")
+    seed = run.config.run.seed
+    start = _Start(*checkpoint.resume(folder, generator, discriminator, ema, seed=seed))
+    set_learning_rates(generator, discriminator, run.config.losses, start.state.step)
+    _check_same_data(start.extra, _num_samples(index), run.config.data.train)
+    if start.pretrained is not None:
+        return start
+    return start._replace(pretrained=_write_pretrained(run, generator))
+
+
+def _begin(run: Run, ranks: Ranks, index: ShardIndex | None, generator: DeepSpeedEngine) -> _Start:
+    """Begin at step 0, with the statistics of the features where weights do not bring them."""
+    from vqrae_ds import checkpoint
+    from vqrae_ds.calibration import calibrate
+
+    if _needs_calibration(run):
+        images = _training_batches(run, ranks, index, start=0)
+        images = watchdog.watching(images, "the calibration")
+        num_images = run.config.run.calibration_images
+        calibrate(generator, images, num_images, ranks.device, ranks.data_size)
+    return _Start(checkpoint.TrainState(), {}, _write_pretrained(run, generator))
+
+
+def _write_pretrained(run: Run, generator: DeepSpeedEngine) -> FileRecord | None:
+    """The run's file of the frozen weights, which its checkpoints refer to."""
+    from vqrae_ds import checkpoint
+
+    watchdog.begin("the writing of the frozen weights")
+    return checkpoint.write_pretrained(run, generator)
+
+
+class _Indices(NamedTuple):
+    training: ShardIndex | None  # None for shards that are streamed
+    validation: ShardIndex | None
+
+
+def _open_indices(data: DataConfig, ranks: Ranks) -> _Indices:
+    """What the shards hold. Each rank may look at other shards, and all fail together."""
+    from vqrae_ds.data.opening import Reader, open_index
+    from vqrae_ds.ranks import failing_together
+
+    reader = Reader(ranks.data_rank, ranks.data_size)
+    with failing_together():
+        training = None if data.streaming is not None else _open_training_index(data, reader)
+        validation = data.validation and open_index(data.validation, data, reader)
+    return _Indices(training, validation)
+
+
+def _open_training_index(data: DataConfig, reader: Reader) -> ShardIndex:
+    from vqrae_ds.data.opening import open_index
+
+    index = open_index(data.train, data, reader)
     if data.samples_per_epoch not in (None, index.num_samples):
         logger.warning(
             "data.samples_per_epoch is %d, and %s has %d samples: epochs count the former",
@@ -157,12 +219,17 @@ def _read_training_index(data: DataConfig) -> ShardIndex:
     return index
 
 
-def _check_same_data(extra: dict[str, Any], index: ShardIndex, path: str) -> None:
+def _num_samples(index: ShardIndex | None) -> int:
+    """Of the training data; 0 for shards that are streamed, where nobody knows."""
+    return 0 if index is None else index.num_samples
+
+
+def _check_same_data(extra: dict[str, Any], num_samples: int, path: str) -> None:
     """A place in the stream means nothing in another data set."""
-    before = extra.get("num_samples", index.num_samples)
-    if before != index.num_samples:
+    before = extra.get("num_samples", num_samples)
+    if before != num_samples:
         raise ValueError(
-            f"data.train: {path} has {index.num_samples} samples, and the run went through a set "
+            f"data.train: {path} has {num_samples} samples, and the run went through a set "
             f"of {before}: give that one, or start a new run with init.from_run"
         )
 
@@ -192,23 +259,17 @@ def _needs_calibration(run: Run) -> bool:
     return is_first and config.model.standardization == "calibrated"
 
 
-def _training_batches(run: Run, ranks: Ranks, index: ShardIndex, *, start: int) -> Iterator[Batch]:
-    from vqrae_ds.data.decode import Augmentation
-    from vqrae_ds.data.stream import training_batches
+def _training_batches(
+    run: Run, ranks: Ranks, index: ShardIndex | None, *, start: int
+) -> Iterator[Batch]:
+    from vqrae_ds.data.opening import Reader, open_training
 
-    data = run.config.data
-    return training_batches(
+    return open_training(
+        run.config.data,
         index,
+        Reader(ranks.data_rank, ranks.data_size),
         image_size=run.config.model.image_size,
         micro_batch_size=run.schedule.batch.micro_batch,
-        rank=ranks.data_rank,
-        world_size=ranks.data_size,
         seed=run.config.run.seed,
         start=start,
-        num_workers=data.num_workers,
-        augmentation=Augmentation(
-            crop_scale_min=data.crop_scale_min,
-            crop_scale_max=data.crop_scale_max,
-            horizontal_flip=data.horizontal_flip,
-        ),
     )

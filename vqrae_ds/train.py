@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vqrae_ds import watchdog
 from vqrae_ds.command_line import USER_ERRORS, configure_logging, end_process_after, exit_with
 from vqrae_ds.config import Run, describe, parse_command_line
-from vqrae_ds.data.failure import DataFailed, naming_rank
+from vqrae_ds.data.failure import DataFailed, naming_rank, worker_death
 from vqrae_ds.preparation import Setup, prepare, set_learning_rates, stop_request_of, watchdog_of
 from vqrae_ds.run_folder import record
 from vqrae_ds.stopping import PREEMPTED_STATUS, hold_signals
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vqrae_ds.checkpoint import Saver, TrainState
-    from vqrae_ds.guard import Guard
     from vqrae_ds.monitoring.monitor import Monitor
 
 logger = logging.getLogger("vqrae_ds.train")
@@ -85,6 +84,8 @@ def main() -> None:
         except Preempted as stop:
             logger.warning("%s", stop)
             sys.exit(PREEMPTED_STATUS)
+        except RuntimeError as error:
+            exit_with(worker_death(rank, error), status=1)
 
 
 def train(run: Run, setup: Setup) -> None:
@@ -109,14 +110,15 @@ def train(run: Run, setup: Setup) -> None:
         closing(_begin_records(run, setup)) as monitor,
         closing(StepProfiler(run)) as profiler,
     ):
-        while state.step < total_steps and not guard.must_stop() and not is_stopping:
+        while state.step < total_steps and not setup.must_stop() and not is_stopping:
             is_logged = is_due(state.step + 1, config.monitor.log_every_steps, total_steps)
             with profiler.step(state.step + 1):
                 for micro in range(sizes.accumulation):
                     watchdog.begin(f"step {state.step + 1}")
                     with monitor.waiting_for_data():
-                        images = next(batches).images_B3HW
-                    images = images.to(setup.ranks.device, non_blocking=True)
+                        batch = next(batches)
+                    setup.bad_data.add(len(batch.keys), batch.skipped)
+                    images = batch.images_B3HW.to(setup.ranks.device, non_blocking=True)
                     is_measured = is_logged and micro == sizes.accumulation - 1
                     terms, squares = micro_step(setup, images, state.step, measure=is_measured)
                     monitor.add(terms)
@@ -124,7 +126,7 @@ def train(run: Run, setup: Setup) -> None:
             monitor.window.add_step(setup.generator.module.vqrae.quantizer)
             state = state._replace(step=state.step + 1, samples=state.samples + sizes.global_batch)
             is_stopping = setup.stop.count()
-            is_last = state.step == total_steps or guard.must_stop() or is_stopping
+            is_last = state.step == total_steps or setup.must_stop() or is_stopping
 
             if is_logged:
                 monitor.add_gradients(squares)
@@ -133,6 +135,7 @@ def train(run: Run, setup: Setup) -> None:
                 difference = replicas.equalize(setup.generator)
                 numbers, largest = _numbers(setup, saver, difference), guard.largest()
                 guard.learn(monitor.log(state.step, state.samples, rates, numbers, largest))
+                is_last = is_last or setup.must_stop()  # the counts of bad samples have come
             with monitor.paused():
                 is_validated = is_due(state.step, config.monitor.validate_every_steps, total_steps)
                 if is_validated and (not is_stopping or state.step == total_steps):
@@ -140,10 +143,10 @@ def train(run: Run, setup: Setup) -> None:
                 if is_last or state.step % config.checkpoint.every_steps == 0:
                     watchdog.begin(f"the checkpoint after step {state.step}")
                     _save(setup, state, saver, is_last=is_last)
-        if is_first and not guard.must_stop() and saver.failure is None:
+        if is_first and not setup.must_stop() and saver.failure is None:
             setup.stop.request.leave_mark(is_done=state.step == total_steps)
         engines.stop()
-    _check_end(guard, saver, state.step)
+    _check_end(setup, saver, state.step)
     if state.step < total_steps:
         raise Preempted(f"asked to stop after step {state.step}: the same command goes on from it")
     logger.info("done: %d steps, %s", state.step, config.run.output_dir)
@@ -199,7 +202,7 @@ def _begin_records(run: Run, setup: Setup) -> Monitor:
             if setup.ranks.rank == 0 and setup.state.step < run.schedule.total_steps:
                 record(run)
                 setup.stop.request.clear_marks()
-            return Monitor(run, setup.state.step)
+            return Monitor(run, setup.state.step, setup.bad_data)
     except OSError as error:
         raise TrainingStopped(f"the records of the run cannot be written: {error}") from error
 
@@ -210,17 +213,17 @@ def is_due(step: int, every: int, total: int) -> bool:
 
 
 def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
-    from vqrae_ds.data.stream import evaluation_batches
+    from vqrae_ds.data.opening import Reader, open_evaluation
     from vqrae_ds.evaluation.metrics import validate
 
     if setup.validation_index is None:
         return
-    batches = evaluation_batches(
+    batches = open_evaluation(
         setup.validation_index,
+        run.config.data,
+        Reader(setup.ranks.data_rank, setup.ranks.data_size),
         image_size=run.config.model.image_size,
         batch_size=run.schedule.batch.micro_batch,
-        rank=setup.ranks.data_rank,
-        world_size=setup.ranks.data_size,
     )
     batches = naming_rank(setup.ranks.rank, batches)
     batches = watchdog.watching(batches, f"the validation after step {step}")
@@ -243,7 +246,11 @@ def _save(setup: Setup, state: TrainState, saver: Saver, *, is_last: bool) -> No
         setup.discriminator,
         state,
         ema=setup.ema,
-        extra={"guard": setup.guard.state(), "num_samples": setup.num_samples},
+        extra={
+            "guard": setup.guard.state(),
+            "bad_data": setup.bad_data.agree(),
+            "num_samples": setup.num_samples,
+        },
         pretrained=setup.pretrained,
         # These may be the weights that the steps are skipped for.
         replaces_old=setup.guard.skipped_in_a_row == 0,
@@ -254,8 +261,9 @@ def _save(setup: Setup, state: TrainState, saver: Saver, *, is_last: bool) -> No
         saver.save(content)
 
 
-def _check_end(guard: Guard, saver: Saver, step: int) -> None:
-    """Raise `TrainingStopped` where the loop ended by the guard, or without its last checkpoint."""
+def _check_end(setup: Setup, saver: Saver, step: int) -> None:
+    """Raise `TrainingStopped` where the loop ended by itself, or without its last checkpoint."""
+    guard = setup.guard
     if guard.must_stop():
         reason = f"{guard.skipped_in_a_row} steps in a row were skipped, the last: {guard.reason()}"
         if saver.failure is None:
@@ -269,6 +277,10 @@ def _check_end(guard: Guard, saver: Saver, step: int) -> None:
         raise TrainingStopped(
             f"the weights after step {step}, the last, could not be saved: {saver.failure}. Make "
             "room and give the same command again: it goes on from the newest checkpoint"
+        )
+    if setup.bad_data.must_stop():
+        raise TrainingStopped(
+            f"{setup.bad_data.reason()}. {saver.newest} is saved: mend the shards, or raise it"
         )
 
 

@@ -18,7 +18,7 @@ from tests.cluster.doctor_faults import FAULTS, PORT, Fault, Place
 from tests.cluster.faults import mounted, shell
 from tests.config_files import write_files
 from tests.conftest import ROOT
-from vqrae_ds.data.index import find_images, write_shards
+from vqrae_ds.data.shard_writing import find_images, write_shards
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,9 @@ from tests.conftest import ROOT
 from tests.launching import finish, make_inputs, ranks_of, started, wait_for_step, write_configs
 from vqrae_ds.config.schema import RunConfig
 from vqrae_ds.conversion.consolidate import consolidate
-from vqrae_ds.data.index import find_images, read_index, write_shards
-from vqrae_ds.data.stream import SampleOrder
+from vqrae_ds.data.index import read_index
+from vqrae_ds.data.order import SampleOrder
+from vqrae_ds.data.shard_writing import find_images, write_shards
 from vqrae_ds.evaluation.summary import read_metrics
 from vqrae_ds.manifest import find_step_folder, find_step_folders, read_manifest
 
@@ -63,7 +64,9 @@ def test_a_rank_that_stops_ends_the_job_with_the_stacks_of_its_peers(folder):
 def test_an_image_that_is_cut_short_ends_the_job_in_a_line_with_rank_shard_and_key(folder):
     position = 22  # of the stream: with 2 x 2 images a step in the sixth one, of rank 1
     index = read_index(folder / "train")
-    number = SampleOrder(index, seed=RunConfig.model_fields["seed"].default).sample_at(position)
+    number = SampleOrder(
+        index.samples_per_shard, seed=RunConfig.model_fields["seed"].default
+    ).sample_at(position)
     key = index.sample(number.sample).key
     photographs = folder / "photographs"
     shutil.copytree(ROOT / "tests/data/photos/train", photographs / "train")

@@ -23,7 +23,7 @@ from vqrae_ds import manifest
 from vqrae_ds.benchmarks.launch import Machine, run_ranks
 from vqrae_ds.config import Run
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
-from vqrae_ds.data.index import find_images, write_shards
+from vqrae_ds.data.shard_writing import find_images, write_shards
 from vqrae_ds.evaluation.summary import read_metrics
 
 pytestmark = pytest.mark.slow

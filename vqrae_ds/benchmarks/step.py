@@ -38,7 +38,7 @@ from vqrae_ds.benchmarks.table import Report, Row, describe_machine
 
 if TYPE_CHECKING:
     from vqrae_ds.config import Run
-    from vqrae_ds.data.stream import Batch
+    from vqrae_ds.data.loader import Batch
 
 CASES: tuple[Case, ...] = tuple(LOSSES)
 WARM_UP_STEPS, COUNTED_STEPS = 4, 4  # of each loop

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vqrae_ds.benchmarks.launch import Machine
 from vqrae_ds.config import ModelConfig, Run, read_run
-from vqrae_ds.data.index import find_images, write_shards
+from vqrae_ds.data.shard_writing import find_images, write_shards
 from vqrae_ds.models.vqrae import VQRAE
 
 Case = Literal["stage1_gan", "stage2"]

@@ -20,6 +20,7 @@ from vqrae_ds.config.cross_checks import check_together
 from vqrae_ds.config.files import BASE, Recipe, parse_value, read_json, read_recipe
 from vqrae_ds.config.losses import LossConfig
 from vqrae_ds.config.model import ModelConfig, resolve_model
+from vqrae_ds.config.patterns import data_folders
 from vqrae_ds.config.schema import TrainConfig
 from vqrae_ds.manifest import find_step_folder
 
@@ -157,8 +158,7 @@ def _describe_unknown_in_yaml(name: str) -> str:
 def _check_paths(config: TrainConfig, resumes: bool) -> None:
     shards = "a folder that tools/make_shards.py wrote"
     folders = (
-        ("data.train", config.data.train, shards),
-        ("data.validation", config.data.validation, shards),
+        *((name, path, shards) for name, path in data_folders(config.data).items()),
         ("init.from_run", config.init.from_run, "the folder of a run or of a checkpoint"),
         ("init.model", config.init.model, "a folder of tools/convert_checkpoint.py --to stage2"),
         ("init.encoder_weights", config.init.encoder_weights, "a folder with safetensors"),

@@ -43,6 +43,7 @@ MAY_DIFFER = frozenset(
         "run.profile_steps",
         # How it is computed.
         "data.num_workers",
+        "data.prefetch_batches",
         "run.collective_timeout_minutes",
         "run.deterministic",
         "memory.encoder_checkpointing",
@@ -52,6 +53,11 @@ MAY_DIFFER = frozenset(
         "guard.spike_factor",
         "guard.max_skipped_steps",
         "guard.no_progress_seconds",
+        # Which samples are passed over, and when a run ends for them.
+        "data.bad_samples",
+        "data.max_bad_share",
+        "data.max_image_pixels",
+        "data.max_image_bytes",
         # What follows from the number of ranks; train_batch_size may not differ.
         "deepspeed.gradient_accumulation_steps",
         "deepspeed.train_micro_batch_size_per_gpu",

@@ -63,17 +63,38 @@ class LearningRateMultiplierConfig(Section):
     discriminator: Weight = 1.0
 
 
+class StreamingConfig(Section):
+    """Shards without an index, by path or URL, drawn at random for ever (`data/streaming.py`)."""
+
+    shuffle_samples: Positive = 2000  # that a loader process holds, to draw from
+
+
 class DataConfig(Section):
-    """Folders of tar shards with an index, as tools/make_shards.py writes them."""
+    """Folders of tar shards with an index, as tools/make_shards.py writes them.
+
+    Several are one data set: `data/part_{00..31}`, or `data/{some,others}`.
+
+    With `bad_samples: refuse` a sample that cannot be used ends the run with its shard and key.
+    With `skip` another one stands in for it; it is counted by its kind, and the run ends where the
+    share of such samples among the last ones is above `max_bad_share`.
+    """
 
     train: Text
     validation: Text | None = None
+    streaming: StreamingConfig | None = None  # then `train` names shards
     samples_per_epoch: Positive | None = None  # needed where the length is given in epochs
     num_workers: NotNegative = 4  # loader processes a rank
     # Share of the largest centre square that a random square crop covers.
     crop_scale_min: Share = 0.5
     crop_scale_max: Share = 1.0
     horizontal_flip: bool = True
+    # fast: JPEGs are decoded at a half, a quarter or an eighth where the crop is large enough
+    decode: Literal["exact", "fast"] = "exact"
+    bad_samples: Literal["refuse", "skip"] = "refuse"
+    max_bad_share: Share = 0.01
+    max_image_pixels: Positive = 89_478_485  # more is refused before it is decoded
+    max_image_bytes: Positive = 67_108_864
+    prefetch_batches: Positive = 2  # that each loader process is ahead
 
     @model_validator(mode="after")
     def _crop_range(self) -> DataConfig:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from vqrae_ds.config import Run
 from vqrae_ds.config.files import read_recipe
+from vqrae_ds.config.patterns import data_folders
 from vqrae_ds.launching.checkpoint_size import checkpoint_bytes, pretrained_bytes
 from vqrae_ds.launching.orders import forwarded
 
@@ -68,7 +69,6 @@ def needs_of(run: Run, config: Path, deepspeed: Path, overrides: Sequence[str], 
     if isinstance(encoder, str):
         files.append(Path(encoder, "config.json"))
     search = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    data = {"data.train": run.config.data.train, "data.validation": run.config.data.validation}
     checkpoint = run.config.checkpoint
     return Needs(
         folder=os.getcwd(),
@@ -77,7 +77,7 @@ def needs_of(run: Run, config: Path, deepspeed: Path, overrides: Sequence[str], 
         packages=[*required_packages(), PACKAGE],
         config=[_absolute(path) for path in files],
         run_folder=_absolute(run.config.run.output_dir),
-        data={setting: _absolute(path) for setting, path in data.items() if path is not None},
+        data={setting: _absolute(path) for setting, path in data_folders(run.config.data).items()},
         weights=_weights(run),
         checkpoint_bytes=checkpoint_bytes(run),
         most_checkpoints=checkpoint.most_at_once(run.schedule.total_steps),

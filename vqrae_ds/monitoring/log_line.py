@@ -32,6 +32,8 @@ def log_line(step: int, total_steps: int, entry: Mapping[str, float]) -> str:
         parts.append(f"norm {norm:<8.3g}")
     if skipped := entry.get("optim/skipped_steps"):
         parts.append(f"{skipped:.0f} skipped")
+    if bad := entry.get("data/skipped"):
+        parts.append(f"{bad:.0f} bad samples")
     if failed := entry.get("checkpoint/failed_saves"):
         parts.append(f"{failed:.0f} SAVES FAILED")
     return "  ".join([*parts, *_speed(entry), f"{_time_left(step, total_steps, entry)} left"])

@@ -2,9 +2,10 @@
 
 Between logged steps nothing is reduced and nothing is read back from the device. A logged step has
 one fused reduction: the terms since the last one and the largest of them, the norms of the
-gradients, how often each code was used, and what each rank measures for itself.
+gradients, how often each code was used, the samples that were skipped, and what each rank measures
+for itself.
 
-Names are in groups: loss, codebook, gan, optim, perf, checkpoint, retention, validation.
+Names are in groups: loss, codebook, gan, optim, data, perf, checkpoint, retention, validation.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vqrae_ds.config import Run
+from vqrae_ds.data.bad_data import BadData
 from vqrae_ds.evaluation.metrics import Validation
 from vqrae_ds.evaluation.report import error_map, image_grid, save_grid
 from vqrae_ds.guard import LARGEST
@@ -32,7 +34,8 @@ from vqrae_ds.monitoring.throughput import RankFigures, Throughput
 
 logger = logging.getLogger(__name__)
 
-CODES, GRADIENT = "codes", "gradient_"  # of the vectors in the reduction, beside the terms
+# Of the vectors in the reduction, beside the terms.
+CODES, GRADIENT, BAD_DATA = "codes", "gradient_", "bad data"
 
 
 class CodeWindow:
@@ -62,8 +65,9 @@ class Monitor:
     `means` are those of the last logged step, by name, each with the number of finite values.
     """
 
-    def __init__(self, run: Run, step: int) -> None:
+    def __init__(self, run: Run, step: int, bad_data: BadData | None = None) -> None:
         config = run.config
+        self._bad_data = bad_data or BadData(config.data.max_bad_share)
         self.run, self.folder = run, Path(config.run.output_dir)
         tokens_a_step = run.schedule.batch.global_batch * config.model.grid_side**2
         self.window = CodeWindow(config.monitor.usage_window_tokens, tokens_a_step)
@@ -107,6 +111,7 @@ class Monitor:
             counts_K.zero_()
         vectors = self._terms.vectors() | {CODES: counts_K}
         vectors |= {GRADIENT + part: s.reshape(1) for part, s in self._gradients.items()}
+        vectors[BAD_DATA] = self._bad_data.counts().to(counts_K.device)
         own = self._throughput.of_this_rank(counts_K.device)
         sums, own_WN = sum_over_ranks(vectors, [*own, *largest.values()])
         worst = own_WN.amax(0).tolist()
@@ -115,6 +120,7 @@ class Monitor:
         entry = _finite(self.means, norms | dict(numbers or {}))
         maxima = zip(largest, worst[len(own) :], strict=True)
         entry |= {name + LARGEST: value for name, value in maxima}
+        entry |= self._bad_data.learn(sums[BAD_DATA])
         codes = codebook_statistics(sums[CODES])._asdict()
         entry |= {f"codebook/{name}": value for name, value in codes.items()}
         entry |= {f"optim/learning_rate_{part}": rate for part, rate in learning_rates.items()}

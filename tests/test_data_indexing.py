@@ -1,0 +1,160 @@
+"""Building an index: by several processes and machines, in several attempts, around faults."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import start_python
+from vqrae_ds.data import indexing
+from vqrae_ds.data.index import INDEX_NAME, SAMPLES_NAME, merge, read_index
+from vqrae_ds.data.indexing import Part, index_shards, left_out
+
+PICKLE = b"cos\nsystem\n(S'touch %b'\ntR."
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def make_shards(folder: Path, number: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for s in range(number):
+        members = [(f"{s:03d}{i:03d}.jpg", bytes([s, i]) * (i + 1)) for i in range(s % 4)]
+        write_tar(folder / f"{s:05d}.tar", members)
+    return folder
+
+
+def written(folder: Path) -> tuple[bytes, bytes]:
+    return (folder / INDEX_NAME).read_bytes(), (folder / SAMPLES_NAME).read_bytes()
+
+
+def test_processes_and_parts_write_the_same_index(tmp_path: Path) -> None:
+    expected = written_by_one(tmp_path)
+    several = make_shards(tmp_path / "several", 11)
+    index_shards(several, processes=2)
+    assert written(several) == expected
+    parts = make_shards(tmp_path / "parts", 11)
+    for number in (2, 1, 3):
+        assert index_shards(parts, part=Part(number, 3)) is None
+        assert not (parts / INDEX_NAME).exists()
+    index_shards(parts)
+    assert written(parts) == expected
+    assert not list(parts.glob("index.journal*"))
+
+
+def written_by_one(tmp_path: Path) -> tuple[bytes, bytes]:
+    one = make_shards(tmp_path / "one", 11)
+    index_shards(one)
+    return written(one)
+
+
+def test_the_last_build_reads_no_shard_that_a_part_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, read = make_shards(tmp_path / "shards", 8), []
+    scan = indexing.scan_shard
+
+    def noting(path: Path, **options: bool) -> object:
+        read.append(path.name)
+        return scan(path, **options)
+
+    monkeypatch.setattr(indexing, "scan_shard", noting)
+    index_shards(folder, part=Part(1, 2))
+    assert read == [f"{s:05d}.tar" for s in (0, 2, 4, 6)]
+    os.utime(folder / "00002.tar", (1, 1))  # it has been changed since
+    index_shards(folder)
+    assert sorted(read[4:]) == [f"{s:05d}.tar" for s in (1, 2, 3, 5, 7)]
+
+
+BUILD = """
+import sys, time
+from pathlib import Path
+from vqrae_ds.data import indexing
+scan = indexing.scan_shard
+def slowly(path, **options):
+    time.sleep(0.05)
+    return scan(path, **options)
+indexing.scan_shard = slowly
+indexing.index_shards(Path(sys.argv[1]))
+"""
+
+
+def test_a_build_that_is_killed_goes_on(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "shards", 60)
+    builder = start_python("-c", BUILD, str(folder))
+    journal = folder / "index.journal"
+    deadline = time.monotonic() + 60
+    while not journal.exists() or len(list(indexing._entries(journal))) < 5:
+        assert builder.poll() is None and time.monotonic() < deadline, builder.communicate()
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="index.journal is being written by another process"):
+        index_shards(folder)
+    builder.send_signal(signal.SIGKILL)
+    builder.communicate()
+    known = len(list(indexing._entries(journal)))
+    assert 5 <= known < 60 and not (folder / INDEX_NAME).exists()
+    with open(journal, "ab") as file:
+        file.write(b'{"file": "00059.tar", "size": 1')  # as a kill amid a write leaves it
+    index_shards(folder)
+    other = make_shards(tmp_path / "other", 60)
+    index_shards(other)
+    assert written(folder) == written(other)
+
+
+def test_indexes_of_several_folders_are_one_data_set(tmp_path: Path) -> None:
+    folders = [make_shards(tmp_path / name, number) for name, number in (("a", 5), ("b", 3))]
+    for folder in folders:
+        index_shards(folder)
+    merged = merge([read_index(folder) for folder in folders])
+    assert merged.num_samples == 6 + 3
+    found = [merged.sample(i) for i in range(9)]
+    assert [sample.shard.parent.name for sample in found] == ["a"] * 6 + ["b"] * 3
+    for sample in found:
+        s, i = int(sample.key[:3]), int(sample.key[3:])
+        data = sample.shard.read_bytes()[sample.offset :][: sample.length]
+        assert data == bytes([s, i]) * (i + 1)
+
+
+def test_faults_are_left_out_and_counted_where_they_are_not_refused(tmp_path: Path) -> None:
+    folder, payload = tmp_path / "shards", tmp_path / "executed"
+    folder.mkdir()
+    code = PICKLE % str(payload).encode()
+    sound = [("a.jpg", b"a" * 600), ("a.json", b"{}"), ("b.png", b"b")]
+    names = ["x.pkl", "x.pyd", "x.pth", "x.sh", "x.py", "x.npz", "x.jpg.pkl", "x", "../../y.so"]
+    write_tar(folder / "0.tar", [*sound, *((name, code) for name in names), ("a.webp", b"again")])
+    whole = write_tar(folder / "1.tar", [*sound, ("c.jpg", b"c" * 3000)])
+    os.truncate(whole, 4 * 512 + 2 * 512 + 512 + 100)
+    damaged = bytearray(write_tar(folder / "2.tar", sound).read_bytes())
+    damaged[4 * 512 + 512 + 3] ^= 1
+    (folder / "2.tar").write_bytes(damaged)
+    (folder / "3.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(ValueError, match=r"0\.tar is not a sound shard: member 'x.pkl' is refused"):
+        index_shards(folder)
+    index = index_shards(folder, skip_bad=True)
+    keys = [index.sample(i).key for i in range(index.num_samples)]
+    assert keys == ["a", "b", "a", "b", "a"]
+    assert left_out(index.shards) == {
+        "refused_member": len(names),
+        "duplicate_key": 1,
+        "cut_shard": 1,
+        "damaged_shard": 1,
+        "compressed_shard": 1,
+    }
+    listed = json.loads((folder / INDEX_NAME).read_text())["shards"]
+    assert listed[1]["left_out"] == {"cut_shard": 1}
+    assert not payload.exists()
+    with pytest.raises(ValueError, match="x.pkl"):  # what was skipped before is not forgotten
+        index_shards(folder)

@@ -1,0 +1,127 @@
+"""From the data section of a configuration to what a run reads: an index, and batches of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from vqrae_ds.config import DataConfig
+from vqrae_ds.config.patterns import expand_braces
+from vqrae_ds.data.crops import Augmentation
+from vqrae_ds.data.decode import Decoding
+from vqrae_ds.data.image_header import Limits
+from vqrae_ds.data.index import ShardIndex, merge, read_index, shard_faults
+from vqrae_ds.data.loader import Batch
+from vqrae_ds.data.stream import EvaluationBatch, evaluation_batches, training_batches
+from vqrae_ds.data.streaming import Stream, streamed_batches
+
+logger = logging.getLogger(__name__)
+
+# Up to so many every rank looks at all of them; of more, each at its share: their file server has
+# to answer for all ranks at once.
+MANY_SHARDS = 2000
+_SHOWN_FAULTS = 3
+
+
+class Reader(NamedTuple):
+    """Who reads: one of `world_size` ranks that see different images."""
+
+    rank: int
+    world_size: int
+
+
+def open_index(pattern: str, data: DataConfig, reader: Reader) -> ShardIndex:
+    """The index of all folders of a pattern, as one data set.
+
+    Raises `ValueError` where an index is missing or damaged, and where a shard that this rank looks
+    at is not as it was indexed; with `data.bad_samples: skip` that is a warning.
+    """
+    folders = [Path(path) for path in expand_braces(pattern)]
+    index = merge([read_index(folder, check_shards=False) for folder in folders])
+    shards = index.shards
+    if len(shards) > MANY_SHARDS:
+        shards = shards[reader.rank :: reader.world_size]
+    faults = []
+    for fault in shard_faults(shards):
+        if data.bad_samples == "refuse":
+            raise ValueError(fault.message)
+        faults.append(fault)
+    for fault in faults[:_SHOWN_FAULTS]:
+        logger.warning("%s", fault.message)
+    if faults:
+        logger.warning("%d of %d shards are missing or changed", len(faults), len(shards))
+    return index
+
+
+def decoding_of(data: DataConfig) -> Decoding:
+    """How the images of a run are decoded."""
+    limits = Limits(num_bytes=data.max_image_bytes, pixels=data.max_image_pixels)
+    return Decoding(data.decode, limits)
+
+
+def open_training(
+    data: DataConfig,
+    index: ShardIndex | None,
+    reader: Reader,
+    *,
+    image_size: int,
+    micro_batch_size: int,
+    seed: int,
+    start: int,
+) -> Iterator[Batch]:
+    """The endless micro batches of one rank, from the sample `start` of the stream on.
+
+    Without an `index` the shards of `data.train` are streamed.
+    """
+    augmentation = Augmentation(
+        crop_scale_min=data.crop_scale_min,
+        crop_scale_max=data.crop_scale_max,
+        horizontal_flip=data.horizontal_flip,
+    )
+    skip_bad = data.bad_samples == "skip"
+    if index is None:
+        stream = Stream(
+            shards=expand_braces(data.train),
+            image_size=image_size,
+            micro_batch_size=micro_batch_size,
+            world_size=reader.world_size,
+            seed=seed,
+            start=start,
+            shuffle_samples=data.streaming.shuffle_samples,
+            augmentation=augmentation,
+            decoding=decoding_of(data),
+            skip_bad=skip_bad,
+        )
+        loading = {"num_workers": data.num_workers, "prefetch_batches": data.prefetch_batches}
+        return streamed_batches(stream, reader.rank, **loading)
+    return training_batches(
+        index,
+        image_size=image_size,
+        micro_batch_size=micro_batch_size,
+        rank=reader.rank,
+        world_size=reader.world_size,
+        seed=seed,
+        start=start,
+        num_workers=data.num_workers,
+        augmentation=augmentation,
+        decoding=decoding_of(data),
+        skip_bad=skip_bad,
+        prefetch_batches=data.prefetch_batches,
+    )
+
+
+def open_evaluation(
+    index: ShardIndex, data: DataConfig, reader: Reader, *, image_size: int, batch_size: int
+) -> Iterator[EvaluationBatch]:
+    """One pass over a validation set for one rank, decoded exactly whatever the training does."""
+    return evaluation_batches(
+        index,
+        image_size=image_size,
+        batch_size=batch_size,
+        rank=reader.rank,
+        world_size=reader.world_size,
+        decoding=decoding_of(data)._replace(mode="exact"),
+        skip_bad=data.bad_samples == "skip",
+    )
