@@ -55,6 +55,14 @@ class Setup(NamedTuple):
         """Whether too many steps were skipped in a row, or too many samples; on all ranks alike."""
         return self.guard.must_stop() or self.bad_data.must_stop()
 
+    def extra(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the engines, for `prepare`; all ranks call it."""
+        return {
+            "guard": self.guard.state(),
+            "bad_data": self.bad_data.agree(),
+            "num_samples": self.num_samples,
+        }
+
 
 def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     """Read the data's index, build the engines, and load what there is to go on from.

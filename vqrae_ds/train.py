@@ -246,11 +246,7 @@ def _save(setup: Setup, state: TrainState, saver: Saver, *, is_last: bool) -> No
         setup.discriminator,
         state,
         ema=setup.ema,
-        extra={
-            "guard": setup.guard.state(),
-            "bad_data": setup.bad_data.agree(),
-            "num_samples": setup.num_samples,
-        },
+        extra=setup.extra(),
         pretrained=setup.pretrained,
         # These may be the weights that the steps are skipped for.
         replaces_old=setup.guard.skipped_in_a_row == 0,
