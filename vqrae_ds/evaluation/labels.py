@@ -27,19 +27,16 @@ class Labels(NamedTuple):
     names: list[str]
 
 
-def read_labels(index: ShardIndex, limit: int, field: str) -> Labels | None:
-    """The classes of the first `limit` images of an index, or None where not one has a class.
+def read_labels(index: ShardIndex, field: str) -> Labels | None:
+    """The classes of the images of an index, or None where not one has a class.
 
     A `.cls` member goes before the `field` of a `.json` one. Raises `ValueError` for a member that
     cannot be understood, and for a shard that is damaged.
     """
     found: list[str | None] = []
     for number, shard in enumerate(index.shards):
-        if len(found) >= limit:
-            break
         by_key = _labels_of(shard, field)
         found += [by_key.get(key) for key in index.samples_of(number).keys]
-    found = found[:limit]
     names = sorted({name for name in found if name is not None})
     if not names:
         return None
