@@ -24,8 +24,8 @@ from vqrae_ds.models.vqrae import VQRAE
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
 
-MOST_COLUMNS = 6
-IMAGE_INCHES, USAGE_INCHES, DPI = 1.7, 2.6, 120
+MOST_IMAGES = 4  # of a band
+IMAGE_INCHES, TITLE_INCHES, USAGE_INCHES, LABEL_INCHES, DPI = 2.0, 0.7, 2.4, 0.25, 130
 _ROWS = ("original", "reconstruction", f"error x {ERROR_SCALE:g}", "codes")
 _KEY_LETTERS = 22
 
@@ -41,7 +41,7 @@ def choose_bands(psnr_n: Tensor) -> list[Band]:
     """The best, median and worst images, none of them twice; equal ones in the set's order."""
     order = psnr_n.argsort(descending=True, stable=True).tolist()
     number = len(order)
-    count = max(1, min(MOST_COLUMNS, number // 3))
+    count = max(1, min(MOST_IMAGES, number // 3))
     if number < 3:
         return [Band("all", order)]
     middle = (number - count) // 2
@@ -65,15 +65,15 @@ def draw_page(
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
     bands = choose_bands(found.figures["psnr"])
-    num_columns = max(3, *(len(band.places) for band in bands))
-    band_inches = IMAGE_INCHES * len(_ROWS) + 0.7
-    size = (num_columns * IMAGE_INCHES + 0.8, len(bands) * band_inches + USAGE_INCHES)
-    figure = Figure(size, layout="constrained")
-    heights = [band_inches] * len(bands) + [USAGE_INCHES]
-    parts = figure.subfigures(len(bands) + 1, 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, band in zip(parts, bands, strict=False):
-        numbers = [int(found.numbers_n[place]) for place in band.places]
-        samples = [index.sample(number) for number in numbers]
+    counts = [len(band.places) for band in bands]
+    heights = [len(_ROWS) * IMAGE_INCHES + TITLE_INCHES, USAGE_INCHES]
+    widths = [count * IMAGE_INCHES for count in counts]
+    widths[0] += LABEL_INCHES
+    figure = Figure((max(6.0, sum(widths)), sum(heights)), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    parts = upper.subfigures(1, len(bands), width_ratios=widths, squeeze=False)[0]
+    for part, band in zip(parts, bands, strict=True):
+        samples = [index.sample(int(found.numbers_n[place])) for place in band.places]
         images = [
             decode_sample(sample, centre_crop, image_size=image_size, decoding=decoding)
             for sample in samples
@@ -83,8 +83,11 @@ def draw_page(
             for sample, place in zip(samples, band.places, strict=True)
         ]
         part.suptitle(f"{band.title} by PSNR")
-        _draw_band(part, versions(model, torch.stack(images)), captions, num_columns)
-    _draw_usage(parts[-1], found.counts_K)
+        _draw_band(part, versions(model, torch.stack(images)), captions)
+        if band is bands[0]:
+            for axes, name in zip(part.axes[:: len(images)], _ROWS, strict=True):
+                axes.set_ylabel(name, fontsize=9)
+    _draw_usage(lower, found.counts_K)
     figure.savefig(path, dpi=DPI, format="png")
 
 
@@ -99,24 +102,17 @@ def versions(model: VQRAE, images_B3SS: Tensor) -> list[Tensor]:
     return [images_B3SS, images_hat, error_map(images_hat, images_B3SS), codes]
 
 
-def _draw_band(
-    part: SubFigure, rows: Sequence[Tensor], captions: Sequence[str], num_columns: int
-) -> None:
-    grid = part.subplots(len(rows), num_columns, squeeze=False)
+def _draw_band(part: SubFigure, rows: Sequence[Tensor], captions: Sequence[str]) -> None:
+    """A row a version, a column an image."""
+    grid = part.subplots(len(rows), len(captions), squeeze=False)
     for row, images in enumerate(rows):
-        for column in range(num_columns):
-            axes = grid[row, column]
+        for axes, image_3SS in zip(grid[row], images, strict=True):
             axes.set_xticks([])
             axes.set_yticks([])
-            if column >= len(images):
-                axes.set_axis_off()
-                continue
-            pixels_HW3 = images[column].clamp(0, 1).permute(1, 2, 0).numpy()
-            axes.imshow(pixels_HW3, interpolation="nearest")
-            if column == 0:
-                axes.set_ylabel(_ROWS[row], fontsize=8)
-            if row == 0:
-                axes.set_title(captions[column], fontsize=6, parse_math=False)
+            # Smooth where pixels are lost, and as it is where each of them can be seen.
+            axes.imshow(image_3SS.permute(1, 2, 0).numpy(), interpolation="antialiased")
+    for axes, caption in zip(grid[0], captions, strict=True):
+        axes.set_title(caption, fontsize=7, parse_math=False)
 
 
 def _draw_usage(part: SubFigure, counts_K: Tensor) -> None:

@@ -6,23 +6,23 @@ from typing import Any, NamedTuple
 
 
 class Meaning(NamedTuple):
-    """How a figure is shown, and which way is better."""
+    """How a figure is shown, and which way is better, or what it is where nothing has changed."""
 
     title: str
     better: str
-    digits: int
+    form: str
 
 
 MEANINGS = {
-    "psnr": Meaning("PSNR, dB", "higher", 2),
-    "baseline_psnr": Meaning("PSNR of the mean colour, dB", "", 2),
-    "ssim": Meaning("SSIM", "higher", 4),
-    "lpips": Meaning("LPIPS (VGG16)", "lower", 4),
-    "rfid": Meaning("rFID", "lower", 3),
-    "frechet_other_inception": Meaning("Frechet distance, no rFID", "lower", 3),
-    "cosine": Meaning("cosine of the tokens' features", "1", 4),
-    "l2": Meaning("squared distance of the features", "0", 4),
-    "knn_agreement": Meaning("agreement of neighbours", "1", 4),
+    "psnr": Meaning("PSNR, dB", "higher", ".2f"),
+    "baseline_psnr": Meaning("PSNR of the mean colour, dB", "", ".2f"),
+    "ssim": Meaning("SSIM", "higher", ".4f"),
+    "lpips": Meaning("LPIPS (VGG16)", "lower", ".4f"),
+    "rfid": Meaning("rFID", "lower", ".3f"),
+    "frechet_other_inception": Meaning("Frechet distance, no rFID", "lower", ".3f"),
+    "cosine": Meaning("cosine of the tokens' features", "1", ".4f"),
+    "l2": Meaning("squared distance of the features", "0", ".4g"),
+    "knn_agreement": Meaning("agreement of neighbours", "1", ".4f"),
 }
 FEW_FOR_FRECHET = 10_000
 
@@ -50,8 +50,8 @@ def as_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     for name, value in (report["figures"] | report["retention"]).items():
         if name in MEANINGS:
-            title, _, digits = MEANINGS[name]
-            lines.append(f"{title}: {_number(value, digits)}  ({cost})")
+            title, _, form = MEANINGS[name]
+            lines.append(f"{title}: {_number(value, form)}  ({cost})")
     used = f"{codebook['usage']:.2%} of {codebook['num_codes']}"
     lines.append(f"codes in use: {used}, perplexity {codebook['perplexity']:.1f}  ({cost})")
     for whose in ("model", "original"):
@@ -83,12 +83,12 @@ def _figures(report: dict[str, Any]) -> str:
     head = ["figure", "mean", "5 %", "median", "95 %", "better", "tokens an image", "compression"]
     rows = []
     for name, value in report["figures"].items():
-        title, better, digits = MEANINGS[name]
+        title, better, form = MEANINGS[name]
         quantiles = [
-            _number(spread[name][part], digits) if name in spread else ""
+            _number(spread[name][part], form) if name in spread else ""
             for part in ("p05", "median", "p95")
         ]
-        rows.append([title, _number(value, digits), *quantiles, better, *cost])
+        rows.append([title, _number(value, form), *quantiles, better, *cost])
     page = "## Reconstruction\n\n" + _table(head, rows)
     if {"rfid", "frechet_other_inception"} & report["figures"].keys():
         number = report["data"]["num_images"]
@@ -124,9 +124,9 @@ def _retention(report: dict[str, Any]) -> str:
         return ""
     cost = [str(rate["tokens_per_image"]), f"{rate['compression_ratio']:.4g}"]
     rows = []
-    for name, (title, unchanged, digits) in MEANINGS.items():
+    for name, (title, unchanged, form) in MEANINGS.items():
         if name in retention:
-            rows.append([title, _number(retention[name], digits), unchanged, *cost])
+            rows.append([title, _number(retention[name], form), unchanged, *cost])
     head = ["of the features with the original encoder's", "mean", "unchanged", "tokens an image"]
     page = "## What is left of the original features\n\n" + _table([*head, "compression"], rows)
     if "knn_agreement" in retention:
@@ -170,8 +170,8 @@ def _uses(entry: dict[str, int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
