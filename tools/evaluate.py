@@ -96,6 +96,8 @@ def parse_arguments() -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not a number of 1 or more")
     if not (args.model / "config.json").is_file():
         raise ValueError(f"{args.model} has no config.json: give a folder of convert_checkpoint.py")
+    if args.encoder is not None and not (args.encoder / "config.json").is_file():
+        raise ValueError(f"--encoder {args.encoder} has no config.json: it is no folder of weights")
     for name in ("lpips", "inception"):
         path = getattr(args, name)
         if path is not None and not path.is_file():

@@ -16,11 +16,10 @@ from torch import Tensor
 class Moments:
     """Mean and covariance of rows that are added piece by piece; the rows are not kept."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self) -> None:
         self.number = 0
-        self._sum_F = torch.zeros(width, dtype=torch.float64)
-        self._products_FF = torch.zeros(width, width, dtype=torch.float64)
         self._shift_F: Tensor | None = None
+        self._sum_F = self._products_FF = torch.zeros(0, dtype=torch.float64)
 
     def add(self, rows_nF: Tensor) -> None:
         """Count these rows too, on the CPU, of any floating type."""
@@ -30,6 +29,8 @@ class Moments:
         if self._shift_F is None:
             # Sums of squares far from 0 lose the digits that a small variance is made of.
             self._shift_F = rows_nF.mean(0)
+            self._sum_F = torch.zeros_like(self._shift_F)
+            self._products_FF = torch.outer(self._sum_F, self._sum_F)
         rows_nF = rows_nF - self._shift_F
         self.number += len(rows_nF)
         self._sum_F += rows_nF.sum(0)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-NUM_FEATURES = 2048
+_FEATURES = "2048"  # as the package calls those behind the last pooling
 # The file of pytorch-fid and torch-fidelity ends in the first digits of its sha256.
 CANONICAL_SHA256 = "6726825d"
 WEIGHTS = f"pt_inception-2015-12-05-{CANONICAL_SHA256}.pth"
@@ -44,7 +44,7 @@ class Inception(nn.Module):
         torch.save(state, tensors)
         tensors.seek(0)
         try:
-            self.graph = FeatureExtractorInceptionV3("inception", [str(NUM_FEATURES)], tensors)
+            self.graph = FeatureExtractorInceptionV3("inception", [_FEATURES], tensors)
         except RuntimeError as error:
             raise ValueError(f"{path} holds another network than this Inception") from error
         self.is_canonical = _sha256(path).startswith(CANONICAL_SHA256)

@@ -88,13 +88,10 @@ def load_encoder(folder: Path, config: ModelConfig) -> Encoder:
     as tools/convert_checkpoint.py --to stage2 writes it. Raises `ValueError` where the weights are
     missing or are those of another network.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--encoder {folder} has no config.json: it is no folder of weights")
     with torch.device("meta"):  # no value is drawn only to be overwritten
         encoder = build_encoder(config)
     encoder = encoder.to_empty(device="cpu")
-    if "model_type" in read_json(path, "the encoder's folder"):
+    if "model_type" in read_json(folder / "config.json", "the encoder's folder"):
         copy_weights(encoder.model, WeightFolder(folder), encoder.leaves_out)
     else:
         _check_same_network(folder, config)

@@ -28,7 +28,7 @@ class ProbeResult(NamedTuple):
     num_tested: int
 
 
-def tested_part(labels_n: Tensor) -> Tensor:
+def choose_tested(labels_n: Tensor) -> Tensor:
     """Which images are tested, (n,) bool: the fifth, tenth, ... of each class."""
     is_tested_n = torch.zeros(len(labels_n), dtype=torch.bool)
     for label in labels_n.unique():
@@ -42,7 +42,7 @@ def linear_probe(features_nD: Tensor, labels_n: Tensor) -> ProbeResult | None:
 
     `labels_n` are int64 from 0 on.
     """
-    is_tested_n = tested_part(labels_n)
+    is_tested_n = choose_tested(labels_n)
     if not is_tested_n.any():
         return None
     features_nD = features_nD.double()

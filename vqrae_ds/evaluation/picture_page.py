@@ -122,6 +122,7 @@ def _draw_usage(part: SubFigure, counts_K: Tensor) -> None:
     axes.plot(np.arange(1, len(uses) + 1), uses)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
+    axes.set_xlim(1, len(uses))
     axes.set_xlabel("codes, the most used first")
     axes.set_ylabel("uses in the set")
     mean = uses.sum() / len(uses)

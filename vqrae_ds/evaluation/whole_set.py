@@ -21,7 +21,6 @@ from vqrae_ds.config import DataConfig
 from vqrae_ds.data.index import ShardIndex
 from vqrae_ds.data.opening import Reader, open_evaluation
 from vqrae_ds.evaluation.frechet import Moments, frechet_distance
-from vqrae_ds.evaluation.inception import NUM_FEATURES
 from vqrae_ds.evaluation.measuring import Instruments, Measured, measure
 from vqrae_ds.ranks import failing_together
 
@@ -97,7 +96,7 @@ class _Gathered:
         self.num_same, self.tokens, self.num_found = 0, 0, 0
         self.moments = None
         if instruments.inception is not None:
-            self.moments = Moments(NUM_FEATURES), Moments(NUM_FEATURES)
+            self.moments = Moments(), Moments()
         self.start = self.last_line = time.monotonic()
 
     def add(self, piece: Measured) -> None:
