@@ -225,10 +225,7 @@ def test_the_launcher_of_deepspeed_gives_the_same_report(
             *("tools/evaluate.py", *evaluate_arguments(folder, tmp_path / "out")),
             *("--lpips", str(lpips_weights)),
         ],
-        env={
-            **environment(),
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        },
+        env={**environment(), "PYTHONPATH": search},
         cwd=ROOT,
         capture_output=True,
         text=True,
