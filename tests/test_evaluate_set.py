@@ -27,7 +27,7 @@ from vqrae_ds.data.indexing import index_shards
 from vqrae_ds.data.opening import Reader
 from vqrae_ds.data.shard_writing import find_images
 from vqrae_ds.evaluation.instruments import Wanted, open_instruments
-from vqrae_ds.evaluation.joining import choose_device
+from vqrae_ds.evaluation.joining import choose_device, joined_ranks
 from vqrae_ds.evaluation.labels import read_labels
 from vqrae_ds.evaluation.measuring import Instruments
 from vqrae_ds.evaluation.picture_page import choose_bands
@@ -88,16 +88,16 @@ def evaluate_on(rank: int, world_size: int, folder: Path, name: str, out: Path) 
     model = VQRAE.from_pretrained(folder / "model")
     original = VQRAE.from_pretrained(folder / "stage1").encoder
     index, data = read_index(folder / name), DataConfig(train=name, bad_samples="skip")
-    found = measure_set(
-        Instruments(model, original, None, random_features),
-        index,
-        data,
-        Reader(rank, world_size),
-        image_size=IMAGE_SIZE,
-        batch_size=2,
-    )
+    instruments = Instruments(model, original, None, random_features)
+    reader = Reader(rank, world_size)
+    options = {"image_size": IMAGE_SIZE, "batch_size": 2}
+    found = measure_set(instruments, index, data, reader, **options)
+    first = measure_set(instruments, index, data, reader, **options, num_images=5)
     assert (found is None) == (rank != 0)
     if found is not None:
+        is_first = found.numbers_n < 5
+        assert torch.equal(first.numbers_n, found.numbers_n[is_first])
+        assert torch.equal(first.figures["psnr"], found.figures["psnr"][is_first])
         report = summarize_set(
             Subject(Path("model"), model.config, torch.float32, name, IMAGE_SIZE),
             found,
@@ -108,14 +108,7 @@ def evaluate_on(rank: int, world_size: int, folder: Path, name: str, out: Path) 
         assert found.numbers_n.tolist() == sorted(found.numbers_n.tolist())
         out.write_text(json.dumps(report, sort_keys=True))
     with pytest.raises(ValueError, match=f"sample '{BAD}"):  # on whichever rank it was read
-        measure_set(
-            Instruments(model, None, None, None),
-            index,
-            DataConfig(train=name),
-            Reader(rank, world_size),
-            image_size=IMAGE_SIZE,
-            batch_size=2,
-        )
+        measure_set(instruments, index, DataConfig(train=name), reader, **options)
 
 
 def test_the_numbers_are_the_same_on_1_2_and_3_ranks_and_those_of_a_loop(
@@ -284,3 +277,11 @@ def test_instruments_that_do_not_fit_are_refused_and_those_left_out_have_a_reaso
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"--device {name}"):
         choose_device(name)
+
+
+def test_half_of_a_launchers_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="RANK is set, but the launcher's other words are not"):
+        with joined_ranks():
+            pass

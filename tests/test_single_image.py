@@ -102,4 +102,5 @@ def test_what_the_tool_offers_is_what_the_package_has() -> None:
     spec = importlib.util.spec_from_file_location("tool", ROOT / "tools/reconstruct.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    assert (tool.FITS, tool.VERSIONS) == (get_args(Fit), get_args(Version))
+    assert get_args(Fit) == tool.FITS
+    assert get_args(Version) == tool.VERSIONS

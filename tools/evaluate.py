@@ -90,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", help="cpu, cuda or cuda:N (default: a GPU a rank where there are any)")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # of the launcher
     args = parser.parse_args()
+    args.out = args.out or args.model / "evaluation"
     for name in ("size", "images", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -133,6 +134,7 @@ def measure(args: argparse.Namespace, reader: Reader) -> Measured | None:
             image_size=args.size,
             device=choose_device(args.device),
         )
+        args.out.mkdir(parents=True, exist_ok=True)  # now, and not after hours of measuring
     image_size = args.size or opened.instruments.model.config.image_size
     found = measure_set(
         opened.instruments,
@@ -165,8 +167,7 @@ def report(args: argparse.Namespace, measured: Measured) -> None:
         is_canonical=instruments.inception is not None and instruments.inception.is_canonical,
         left_out=left_out,
     )
-    folder = args.out or args.model / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = args.out
     decoding = decoding_of(data)
     draw_page(model, index, found, folder / PAGE, image_size=image_size, decoding=decoding)
     (folder / "report.md").write_text(as_markdown(numbers))

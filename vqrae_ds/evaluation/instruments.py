@@ -78,7 +78,9 @@ def load_model(folder: Path, dtype: Dtype | None, device: torch.device) -> VQRAE
     model = VQRAE.from_pretrained(folder)
     if dtype is not None:
         _set_dtype(model, _DTYPES[dtype])
-    return model.to(device).requires_grad_(False)
+    model = model.to(device).requires_grad_(False)
+    model.quantizer.keep_codes()  # no weight changes any more: they are projected once
+    return model
 
 
 def load_encoder(folder: Path, config: ModelConfig) -> Encoder:

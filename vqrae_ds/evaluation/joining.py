@@ -26,9 +26,8 @@ def joined_ranks() -> Iterator[Reader]:
         try:
             dist.init_process_group("gloo", init_method="env://")
         except ValueError as error:
-            raise ValueError(f"RANK is set, but the launcher's other words are not: {error}") from (
-                error
-            )
+            message = f"RANK is set, but the launcher's other words are not: {error}"
+            raise ValueError(message) from error
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -24,6 +24,7 @@ MEANINGS = {
     "l2": Meaning("squared distance of the features", "0", ".4g"),
     "knn_agreement": Meaning("agreement of neighbours", "1", ".4f"),
 }
+COST = ("tokens an image", "compression")  # beside every figure
 FEW_FOR_FRECHET = 10_000
 
 
@@ -34,9 +35,9 @@ def as_markdown(report: dict[str, Any]) -> str:
         _subject(report),
         "![best, median and worst](page.png)",
         _figures(report),
-        _codebook(report["codebook"]),
+        _codebook(report),
         _retention(report),
-        _classes(report["classes"]),
+        _classes(report),
         _left_out(report["left_out"]),
         _protocol(report["protocol"]),
     ]
@@ -58,6 +59,9 @@ def as_lines(report: dict[str, Any]) -> list[str]:
         if whose in report["classes"]:
             accuracy = report["classes"][whose]["knn_accuracy"]
             lines.append(f"k-NN accuracy, features of the {whose}: {accuracy:.2%}  ({cost})")
+            if (probe := report["classes"][whose].get("linear_probe")) is not None:
+                accuracy = probe["accuracy"]
+                lines.append(f"linear probe, features of the {whose}: {accuracy:.2%}  ({cost})")
     return lines + [f"left out: {name}: {why}" for name, why in report["left_out"].items()]
 
 
@@ -78,9 +82,8 @@ def _subject(report: dict[str, Any]) -> str:
 
 
 def _figures(report: dict[str, Any]) -> str:
-    rate, spread = report["rate"], report["spread"]
-    cost = [str(rate["tokens_per_image"]), f"{rate['compression_ratio']:.4g}"]
-    head = ["figure", "mean", "5 %", "median", "95 %", "better", "tokens an image", "compression"]
+    spread = report["spread"]
+    head = ["figure", "mean", "5 %", "median", "95 %", "better", *COST]
     rows = []
     for name, value in report["figures"].items():
         title, better, form = MEANINGS[name]
@@ -88,7 +91,7 @@ def _figures(report: dict[str, Any]) -> str:
             _number(spread[name][part], form) if name in spread else ""
             for part in ("p05", "median", "p95")
         ]
-        rows.append([title, _number(value, form), *quantiles, better, *cost])
+        rows.append([title, _number(value, form), *quantiles, better, *_cost(report)])
     page = "## Reconstruction\n\n" + _table(head, rows)
     if {"rfid", "frechet_other_inception"} & report["figures"].keys():
         number = report["data"]["num_images"]
@@ -105,30 +108,31 @@ def _figures(report: dict[str, Any]) -> str:
     return page
 
 
-def _codebook(codebook: dict[str, Any]) -> str:
+def _codebook(report: dict[str, Any]) -> str:
+    codebook, rate = report["codebook"], report["rate"]
     rows = [
         [_uses(entry), str(entry["codes"]), f"{entry['codes'] / codebook['num_codes']:.1%}"]
         for entry in codebook["histogram"]
     ]
     return (
         f"## Codebook\n\n{codebook['usage']:.2%} of {codebook['num_codes']} codes are used by the "
-        f"{codebook['num_tokens']} tokens of the set; perplexity {codebook['perplexity']:.1f}; "
+        f"{codebook['num_tokens']} tokens of the set ({rate['tokens_per_image']} an image, "
+        f"compression {rate['compression_ratio']:.4g}); perplexity {codebook['perplexity']:.1f}; "
         f"{codebook['dead_codes']} codes are never used.\n\n"
         + _table(["uses in the set", "codes", "share of the codes"], rows)
     )
 
 
 def _retention(report: dict[str, Any]) -> str:
-    retention, rate = report["retention"], report["rate"]
+    retention = report["retention"]
     if not retention:
         return ""
-    cost = [str(rate["tokens_per_image"]), f"{rate['compression_ratio']:.4g}"]
     rows = []
     for name, (title, unchanged, form) in MEANINGS.items():
         if name in retention:
-            rows.append([title, _number(retention[name], form), unchanged, *cost])
-    head = ["of the features with the original encoder's", "mean", "unchanged", "tokens an image"]
-    page = "## What is left of the original features\n\n" + _table([*head, "compression"], rows)
+            rows.append([title, _number(retention[name], form), unchanged, *_cost(report)])
+    head = ["of the features with the original encoder's", "mean", "unchanged", *COST]
+    page = "## What is left of the original features\n\n" + _table(head, rows)
     if "knn_agreement" in retention:
         page += (
             f"\n\nNeighbours: {retention['knn_neighbours']} of {retention['knn_images']} images; "
@@ -137,7 +141,8 @@ def _retention(report: dict[str, Any]) -> str:
     return page
 
 
-def _classes(classes: dict[str, Any]) -> str:
+def _classes(report: dict[str, Any]) -> str:
+    classes = report["classes"]
     if not classes:
         return ""
     rows = []
@@ -148,10 +153,10 @@ def _classes(classes: dict[str, Any]) -> str:
         shown = ["", "", ""]
         if probe is not None:
             shown = [f"{probe['accuracy']:.2%}", f"{probe['chance']:.2%}", str(probe["num_tested"])]
-        rows.append([whose, f"{classes[whose]['knn_accuracy']:.2%}", *shown])
+        rows.append([whose, f"{classes[whose]['knn_accuracy']:.2%}", *shown, *_cost(report)])
     head = ["features", "k-NN accuracy", "linear probe", "most frequent class", "images tested"]
     number = f"{classes['num_images']} images of {classes['num_classes']} classes."
-    return f"## Classes\n\n{number}\n\n" + _table(head, rows)
+    return f"## Classes\n\n{number}\n\n" + _table([*head, *COST], rows)
 
 
 def _left_out(left_out: dict[str, str]) -> str:
@@ -163,6 +168,12 @@ def _left_out(left_out: dict[str, str]) -> str:
 def _protocol(protocol: dict[str, str]) -> str:
     lines = "\n".join(f"* {name}: {what}" for name, what in protocol.items())
     return f"## Protocol\n\n{lines}"
+
+
+def _cost(report: dict[str, Any]) -> list[str]:
+    """What stands in the columns `COST`."""
+    rate = report["rate"]
+    return [str(rate["tokens_per_image"]), f"{rate['compression_ratio']:.4g}"]
 
 
 def _uses(entry: dict[str, int]) -> str:

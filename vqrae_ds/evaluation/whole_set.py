@@ -2,7 +2,8 @@
 
 Batches are pieces of the index that do not depend on the number of ranks, which take turns. The
 first rank puts what they found together in the order of the index, so that sums are made of the
-same terms in the same order. What fills up the last batches, and bad samples, count nowhere.
+same terms in the same order: equal to the last bit on one kind of machine with as many threads a
+rank. What fills up the last batches, and bad samples, count nowhere.
 
 Shapes: n images, N tokens, K codes, D encoder width.
 """
