@@ -137,6 +137,18 @@ def test_a_label_that_is_none_is_refused(
         read_labels(index_shards(tmp_path), "label")
 
 
+def test_a_shard_that_was_cut_has_the_labels_before_the_cut(tmp_path: Path) -> None:
+    image = find_images(ROOT / "tests/data/photos/val")[0].read_bytes()
+    members = {"a.webp": image, "a.cls": b"1", "b.cls": b"2", "b.webp": image}
+    write_labelled(tmp_path / "0.tar", members)
+    index = index_shards(tmp_path)
+    with open(tmp_path / "0.tar", "r+b") as file:
+        file.truncate(index.sample(1).offset - 1300)  # in the header of b.cls
+    with pytest.raises(ValueError, match="no labels are read from .*0.tar"):
+        read_labels(index, "label")
+    assert read_labels(index, "label", skip_bad=True).labels_n.tolist() == [0, -1]
+
+
 def test_without_labels_there_are_none(tmp_path: Path) -> None:
     image = find_images(ROOT / "tests/data/photos/val")[0].read_bytes()
     write_labelled(tmp_path / "0.tar", {"a.webp": image, "a.json": b'{"width": 3}'})

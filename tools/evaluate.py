@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vqrae_ds.data.index import ShardIndex
     from vqrae_ds.data.opening import Reader
     from vqrae_ds.evaluation.instruments import Opened
+    from vqrae_ds.evaluation.labels import Labels
     from vqrae_ds.evaluation.whole_set import SetFigures
 
 PAGE = "page.png"
@@ -112,6 +113,7 @@ class Measured(NamedTuple):
     index: ShardIndex
     data: DataConfig
     opened: Opened
+    labels: Labels | None
     image_size: int
     found: SetFigures
 
@@ -122,6 +124,7 @@ def measure(args: argparse.Namespace, reader: Reader) -> Measured | None:
     from vqrae_ds.data.opening import open_index
     from vqrae_ds.evaluation.instruments import Wanted, open_instruments
     from vqrae_ds.evaluation.joining import choose_device
+    from vqrae_ds.evaluation.labels import read_labels
     from vqrae_ds.evaluation.whole_set import measure_set
     from vqrae_ds.ranks import failing_together
 
@@ -134,7 +137,11 @@ def measure(args: argparse.Namespace, reader: Reader) -> Measured | None:
             image_size=args.size,
             device=choose_device(args.device),
         )
-        args.out.mkdir(parents=True, exist_ok=True)  # now, and not after hours of measuring
+        # Now, and not after hours of measuring.
+        args.out.mkdir(parents=True, exist_ok=True)
+        labels = None
+        if reader.rank == 0:
+            labels = read_labels(index, args.label_field, skip_bad=args.skip_bad)
     image_size = args.size or opened.instruments.model.config.image_size
     found = measure_set(
         opened.instruments,
@@ -145,35 +152,33 @@ def measure(args: argparse.Namespace, reader: Reader) -> Measured | None:
         batch_size=args.batch_size,
         num_images=args.images,
     )
-    return None if found is None else Measured(index, data, opened, image_size, found)
+    return None if found is None else Measured(index, data, opened, labels, image_size, found)
 
 
 def report(args: argparse.Namespace, measured: Measured) -> None:
     """Write the three files, and the figures to stdout."""
     from vqrae_ds.data.opening import decoding_of
-    from vqrae_ds.evaluation.labels import read_labels
     from vqrae_ds.evaluation.picture_page import draw_page
     from vqrae_ds.evaluation.set_report import as_lines, as_markdown
     from vqrae_ds.evaluation.set_summary import Subject, summarize_set
     from vqrae_ds.manifest import write_json_atomically
 
-    index, data, (instruments, left_out), image_size, found = measured
+    index, data, (instruments, left_out), labels, image_size, found = measured
     model = instruments.model
     dtype = model.decoder.head.weight.dtype
     numbers = summarize_set(
         Subject(args.model, model.config, dtype, args.shards, image_size),
         found,
-        read_labels(index, args.label_field),
+        labels,
         is_canonical=instruments.inception is not None and instruments.inception.is_canonical,
         left_out=left_out,
     )
-    folder = args.out
-    decoding = decoding_of(data)
-    draw_page(model, index, found, folder / PAGE, image_size=image_size, decoding=decoding)
-    (folder / "report.md").write_text(as_markdown(numbers))
-    write_json_atomically(folder / "report.json", numbers)
+    (args.out / "report.md").write_text(as_markdown(numbers))
+    write_json_atomically(args.out / "report.json", numbers)
     print("\n".join(as_lines(numbers)))
-    print(f"{folder}: report.json, report.md and {PAGE}")
+    decoding = decoding_of(data)
+    draw_page(model, index, found, args.out / PAGE, image_size=image_size, decoding=decoding)
+    print(f"{args.out}: report.json, report.md and {PAGE}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ of the shards are read once more, and of the members nothing but these.
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from vqrae_ds.data.index import Shard, ShardIndex
 from vqrae_ds.data.shard_scan import MemberName, RefusedMember, image_name
-from vqrae_ds.data.tar_members import BrokenTar, ForwardReader, Member, read_members
+from vqrae_ds.data.tar_members import ForwardReader, Member, read_members
+
+logger = logging.getLogger(__name__)
 
 MAX_LABEL_BYTES = 1 << 20
 
@@ -27,15 +31,24 @@ class Labels(NamedTuple):
     names: list[str]
 
 
-def read_labels(index: ShardIndex, field: str) -> Labels | None:
+def read_labels(index: ShardIndex, field: str, *, skip_bad: bool = False) -> Labels | None:
     """The classes of the images of an index, or None where not one has a class.
 
     A `.cls` member goes before the `field` of a `.json` one. Raises `ValueError` for a member that
-    cannot be understood, and for a shard that is damaged.
+    cannot be understood, and for a shard that is damaged or missing; with `skip_bad` what is behind
+    such a place in its shard has no class.
     """
     found: list[str | None] = []
     for number, shard in enumerate(index.shards):
-        by_key = _labels_of(shard, field)
+        by_key: dict[str, str] = {}
+        try:
+            for key, label in _labels_of(shard, field):
+                by_key[key] = label
+        except (ValueError, OSError) as error:
+            message = f"no labels are read from {shard.path}: {error}"
+            if not skip_bad:
+                raise ValueError(message) from error
+            logger.warning("%s", message)
         found += [by_key.get(key) for key in index.samples_of(number).keys]
     names = sorted({name for name in found if name is not None})
     if not names:
@@ -45,22 +58,19 @@ def read_labels(index: ShardIndex, field: str) -> Labels | None:
     return Labels(torch.tensor(numbers), names)
 
 
-def _labels_of(shard: Shard, field: str) -> dict[str, str]:
-    """The class of each key that has one."""
-    by_key: dict[str, str] = {}
+def _labels_of(shard: Shard, field: str) -> Iterator[tuple[str, str]]:
+    """Keys with their classes; a later class of a key is the one that counts."""
+    from_cls: set[str] = set()
     with open(shard.path, "rb") as file:
-        reader = ForwardReader(file, size=shard.size)
-        try:
-            for member in read_members(reader):
-                name = _companion(member)
-                if name is None or (name.extension == "json" and name.key in by_key):
-                    continue
-                label = _label(shard, file.fileno(), member, name.extension, field)
-                if label is not None:
-                    by_key[name.key] = label
-        except BrokenTar as error:
-            raise ValueError(f"{shard.path} is damaged, no labels are read: {error}") from error
-    return by_key
+        for member in read_members(ForwardReader(file, size=shard.size)):
+            name = _companion(member)
+            if name is None or (name.extension == "json" and name.key in from_cls):
+                continue
+            label = _label(file.fileno(), member, name.extension, field)
+            if name.extension == "cls":
+                from_cls.add(name.key)
+            if label is not None:
+                yield name.key, label
 
 
 def _companion(member: Member) -> MemberName | None:
@@ -74,8 +84,8 @@ def _companion(member: Member) -> MemberName | None:
     return name if name.extension in ("cls", "json") else None
 
 
-def _label(shard: Shard, descriptor: int, member: Member, kind: str, field: str) -> str | None:
-    where = f"{shard.path}, member {member.name!r}"
+def _label(descriptor: int, member: Member, kind: str, field: str) -> str | None:
+    where = f"member {member.name!r}"
     if member.size > MAX_LABEL_BYTES:
         raise ValueError(f"{where} has {member.size} bytes, a label at most {MAX_LABEL_BYTES}")
     data = os.pread(descriptor, member.size, member.offset)
