@@ -30,10 +30,14 @@ ADAMW = {
 }
 
 
-def command(folder: Path, stage: int, *overrides: str, ranks: int = 2) -> list[str]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def command(folder: Path, stage: int, *overrides: str, ranks: int = 2) -> list[str]:
+    port = free_port()
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     return [
         *launcher,

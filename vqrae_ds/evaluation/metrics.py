@@ -92,7 +92,8 @@ def validate(
         if sum(len(images) for images, _ in shown) < num_shown:
             shown.append((images[is_real_B], images_hat[is_real_B]))
         num_images += is_real_B.sum()
-        for name, value_B in _image_figures(images_hat, images, perceptual):
+        for name, value_B in image_figures(images_hat, images, perceptual):
+            name = f"validation/{name}"
             sums[name] = sums.get(name, 0) + value_B[is_real_B].double().sum()
         for name, value_B in _retention(output, vqrae.freeze_encoder):
             sums[name] = sums.get(name, 0) + value_B[is_real_B].double().sum()
@@ -110,16 +111,22 @@ def validate(
     return Validation(figures, *(torch.cat(side)[:num_shown] for side in zip(*shown, strict=True)))
 
 
-def _image_figures(
-    images_hat: Tensor, images: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor] | None
+def image_figures(
+    images_hat_B3HW: Tensor,
+    images_B3HW: Tensor,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and values (B,) of what compares images."""
-    yield "validation/psnr", psnr(images_hat, images)
-    yield "validation/baseline_psnr", psnr(mean_colour(images), images)
-    if min(images.shape[2:]) >= SSIM_WINDOW:
-        yield "validation/ssim", ssim(images_hat, images)
+    """Name and values (B,) of all that compares images with their reconstructions, in [0, 1].
+
+    psnr, baseline_psnr (of the mean colour), ssim where the images have room for its window, and
+    lpips with a `perceptual` distance.
+    """
+    yield "psnr", psnr(images_hat_B3HW, images_B3HW)
+    yield "baseline_psnr", psnr(mean_colour(images_B3HW), images_B3HW)
+    if min(images_B3HW.shape[2:]) >= SSIM_WINDOW:
+        yield "ssim", ssim(images_hat_B3HW, images_B3HW)
     if perceptual is not None:
-        yield "validation/lpips", perceptual(images_hat, images)
+        yield "lpips", perceptual(images_hat_B3HW, images_B3HW)
 
 
 def _retention(output: TrainingOutput, is_frozen: bool) -> Iterator[tuple[str, Tensor]]:

@@ -37,6 +37,23 @@ def error_map(images_hat_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
     return (ERROR_SCALE * error_B1HW).clamp(0, 1).expand_as(images_B3HW)
 
 
+def code_map(indices_Bhw: Tensor, token_side: int) -> Tensor:
+    """A colour a code, the same one in every picture: (B, 3, h * token_side, w * token_side).
+
+    Neighbouring numbers are far apart in hue, for neighbouring codes have nothing in common.
+    """
+    # Steps by the golden ratio and by two other irrationals never come near where they have been.
+    hue = (indices_Bhw.double() * 0.6180339887498949) % 1
+    saturation = 0.45 + 0.55 * ((indices_Bhw.double() * 0.4142135623730951) % 1)
+    value = 0.55 + 0.45 * ((indices_Bhw.double() * 0.7320508075688772) % 1)
+    offsets_3 = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64)
+    # The usual HSV to RGB: c(n) = v - v s max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6.
+    k_3Bhw = (offsets_3[:, None, None, None] + 6 * hue) % 6
+    ramp_3Bhw = torch.minimum(k_3Bhw, 4 - k_3Bhw).clamp(0, 1)
+    colours_B3hw = (value - value * saturation * ramp_3Bhw).transpose(0, 1).float()
+    return colours_B3hw.repeat_interleave(token_side, 2).repeat_interleave(token_side, 3)
+
+
 def save_grid(grid_3HW: Tensor, path: Path) -> None:
     """Write the grid as PNG, the folder made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
