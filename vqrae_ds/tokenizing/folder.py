@@ -43,7 +43,7 @@ class Totals(NamedTuple):
     num_bytes: int
 
     def __str__(self) -> str:
-        parts = [f"{self.samples} images, {self.tokens} codes, {self.num_bytes / 1e9:.3g} GB"]
+        parts = [f"{self.samples} images, {self.tokens} codes, {self.num_bytes / 1e6:.4g} MB"]
         parts += [f"skipped: {count} x {kind}" for kind, count in sorted(self.skipped.items())]
         parts += [f"left out by the index: {n} x {k}" for k, n in sorted(self.left_out.items())]
         return "; ".join(parts)
@@ -123,13 +123,15 @@ def remove_leftovers(output: Path, claims: Claims) -> None:
                 claims.let_go(turn.shard)
 
 
-def finish(output: Path, job: Job, index: ShardIndex) -> Totals | None:
+def finish(output: Path, job: Job, index: ShardIndex, *, anew: bool) -> Totals | None:
     """Write the manifest where all shards are there; None where some are not.
 
-    One that is there already is read. Raises `ValueError` where a file is damaged.
+    Unless `anew` one that is there is read: who has made a shard must not trust it, another rank
+    may have written it before. Raises `ValueError` where a file is damaged.
     """
-    with contextlib.suppress(ValueError):
-        return Totals(**read_manifest(output)["totals"])
+    if not anew:
+        with contextlib.suppress(ValueError):
+            return Totals(**read_manifest(output)["totals"])
     if not set(finished_shards(output)).issuperset(range(len(index.shards))):
         return None
     expected = Expected(job.digest, index)

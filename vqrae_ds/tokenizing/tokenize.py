@@ -88,7 +88,7 @@ def tokenize(task: Task, load: Callable[[], Encode]) -> Outcome:
             made = _work(task, pieces, load(), claims, progress)
         if made:
             logger.info("%s", progress.line())
-        totals = finish(output, task.job, index)
+        totals = finish(output, task.job, index, anew=made > 0)
         if totals is not None:
             remove_leftovers(output, claims)
     finally:
