@@ -121,6 +121,19 @@ def test_what_is_damaged_or_gone_is_made_again(root):
     assert contents(root / "codes") == before
 
 
+def test_a_file_that_another_rank_has_to_mend_is_left_to_it(root):
+    """A rank that ended with an error would take its peers along."""
+    before = contents(root / "codes")
+    code_path(root / "codes", 1).write_bytes(b"damaged")
+    code_path(root / "codes", 2).unlink()
+    first = run(root, "codes", Worker(0, 2))
+    assert (first.shards, first.totals) == (1, None)
+    assert "manifest.json" not in contents(root / "codes")
+    second = run(root, "codes", Worker(1, 2))
+    assert (second.shards, second.totals.samples) == (1, sum(SIZES))
+    assert contents(root / "codes") == before
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_ranks_one_after_another_make_the_same(root, world_size):
     """Each first finds its own share, and helps then: one rank alone would do all."""
@@ -226,7 +239,6 @@ def test_verify_finds_codes_that_are_sound_and_wrong(root):
     parts = {
         "job": header.job,
         "source": header.source,
-        "skipped": [],
         "made_with": header.made_with,
     }
     for changed in (
@@ -299,6 +311,17 @@ def test_a_mistake_is_one_line(made, tmp_path, monkeypatch, capsys, arguments, m
     assert (status, said.out) == (2, "")
     assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
     assert message in said.err
+
+
+def test_a_bad_sample_ends_the_tool_and_its_workers(root):
+    shard = root / "shards" / "00003.tar"
+    data = bytearray(shard.read_bytes())
+    data[512:712] = bytes(200)  # the start of its first image
+    shard.write_bytes(data)
+    folders = [str(root / name) for name in ("model", "shards", "new")]
+    done = run_python("tools/tokenize_shards.py", *folders, "--num-workers", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: {shard}, sample 'class/00013': cannot decode" in done.stderr.splitlines()[-1]
 
 
 def test_help_shows_an_example():

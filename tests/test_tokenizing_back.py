@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,20 @@ def test_batches_have_every_image_once_an_epoch_and_resume_anywhere(root):
     assert together == whole
     assert [n for batch in numbers(0, 1, 7, 5) for n in batch] == whole[7:22]
     assert numbers(1, 2, 6, 3, num_workers=1) == ranks[1][1:4]
+
+
+def test_a_file_that_changed_is_refused(root, tmp_path):
+    folder = tmp_path / "codes"
+    shutil.copytree(root / "codes", folder)
+    file = folder / "codes-000002.safetensors"
+    data = file.read_bytes()
+    (folder / "codes-000003.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="codes-000003.safetensors is not the file that manifest"):
+        CodeDataset(folder)[17]
+    file.write_bytes(data[:-1] + b"?")
+    decode = load_for_decoding(root / "model", CPU, "fp32")
+    with pytest.raises(ValueError, match="codes-000002.safetensors was altered"):
+        list(decoded_batches(folder, decode))
 
 
 def test_an_unfinished_folder_is_refused(root, tmp_path):

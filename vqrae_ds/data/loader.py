@@ -43,7 +43,7 @@ def load(
     in_processes = {
         "persistent_workers": True,
         "prefetch_factor": prefetch_batches,
-        "worker_init_fn": leave_stopping_to_the_rank,
+        "worker_init_fn": _leave_stopping_to_the_rank,
     }
     how = {"batch_size": None} if positions is None else {"batch_sampler": positions}
     loader = DataLoader(
@@ -59,7 +59,7 @@ def load(
     return iter(loader)
 
 
-def leave_stopping_to_the_rank(_: int) -> None:
+def _leave_stopping_to_the_rank(_: int) -> None:
     """A signal that reaches every process of a job must not take the data from a rank that obeys.
 
     A worker ends when its rank ends.

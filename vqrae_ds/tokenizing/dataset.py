@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vqrae_ds.data.order import SampleOrder, micro_batch_positions
-from vqrae_ds.tokenizing.code_shard import map_codes, read_columns, read_header
-from vqrae_ds.tokenizing.folder import read_manifest
+from vqrae_ds.tokenizing.code_shard import map_codes, read_columns
+from vqrae_ds.tokenizing.folder import listed_header, read_manifest
 
 _MAPPED_FILES = 64  # a process reads from one at a time, or two where it changes
 
@@ -30,7 +30,8 @@ class CodeDataset(Dataset):
 
     Images are numbered through all files; `num_codes` is the size of the vocabulary, and
     `samples_per_shard` what the order of `code_batches` is made of. Nothing is read but the
-    manifest until an item is asked for. Raises `ValueError` where the folder is not finished.
+    manifest until an item is asked for. Raises `ValueError` where the folder is not finished, or a
+    file is not the one that was.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -38,7 +39,7 @@ class CodeDataset(Dataset):
         manifest = read_manifest(self.folder)
         self.grid: tuple[int, int] = tuple(manifest["job"]["grid"])
         self.num_codes: int = manifest["job"]["num_codes"]
-        self._files = [str(entry["file"]) for entry in manifest["shards"]]
+        self._entries = manifest["shards"]
         self.samples_per_shard = np.array([e["num_samples"] for e in manifest["shards"]], np.int64)
         self._starts = np.cumsum([0, *self.samples_per_shard])
         self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -53,7 +54,7 @@ class CodeDataset(Dataset):
     def key(self, number: int) -> str:
         """The key that the image had in its shard; reads those of a whole file."""
         shard, place = self._place(number)
-        return read_columns(read_header(self.folder / self._files[shard])).keys[place]
+        return read_columns(listed_header(self.folder, self._entries[shard])).keys[place]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_mapped": OrderedDict()}  # each loader process maps its own
@@ -66,7 +67,7 @@ class CodeDataset(Dataset):
 
     def _codes(self, shard: int) -> np.ndarray:
         if shard not in self._mapped:
-            self._mapped[shard] = map_codes(read_header(self.folder / self._files[shard]))
+            self._mapped[shard] = map_codes(listed_header(self.folder, self._entries[shard]))
             if len(self._mapped) > _MAPPED_FILES:
                 self._mapped.popitem(last=False)
         return self._mapped[shard]

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from vqrae_ds.manifest import write_json_atomically
-from vqrae_ds.tokenizing.code_shard import read_columns, read_header
-from vqrae_ds.tokenizing.folder import read_manifest
+from vqrae_ds.tokenizing.code_shard import is_sound, read_columns
+from vqrae_ds.tokenizing.folder import listed_header, read_manifest
 
 Decode = Callable[[Tensor], Tensor]  # codes (B, h, w) int64 -> images (B, 3, H, W) in [0, 1]
 KEYS_NAME = "keys.json"
@@ -45,7 +45,9 @@ def decoded_batches(
     for entry in read_manifest(folder)["shards"]:
         past = start + entry["num_samples"]
         if past > first and (end is None or start < end):
-            header = read_header(Path(folder) / entry["file"])
+            header = listed_header(folder, entry)
+            if not is_sound(header):
+                raise ValueError(f"{header.path} was altered after it was written")
             columns, size = read_columns(header), batch_size or header.made_with["batch_size"]
             for piece in batches_of(columns.numbers_N, size):
                 if start + piece.stop <= first or (end is not None and start + piece.start >= end):

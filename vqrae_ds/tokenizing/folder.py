@@ -9,6 +9,7 @@ claims                        an empty file whose bytes are locked by who works 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import re
@@ -27,6 +28,9 @@ from vqrae_ds.tokenizing.sharing import Claims, Turn
 
 CLAIMS_NAME = "claims"
 FORMAT_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
 _FILE = re.compile(r"codes-(\d{6,})\.safetensors")
 _PARTIAL = re.compile(r"\.codes-(\d{6,})\.safetensors\.")
 # What may be mended: samples that were skipped for it are tried again by the next start.
@@ -127,7 +131,8 @@ def finish(output: Path, job: Job, index: ShardIndex, *, anew: bool) -> Totals |
     """Write the manifest where all shards are there; None where some are not.
 
     Unless `anew` one that is there is read: who has made a shard must not trust it, another rank
-    may have written it before. Raises `ValueError` where a file is damaged.
+    may have written it before. A file that is damaged is not there yet: the rank whose share it is
+    in makes it again, in this start or the next.
     """
     if not anew:
         with contextlib.suppress(ValueError):
@@ -135,7 +140,11 @@ def finish(output: Path, job: Job, index: ShardIndex, *, anew: bool) -> Totals |
     if not set(finished_shards(output)).issuperset(range(len(index.shards))):
         return None
     expected = Expected(job.digest, index)
-    headers = [header_of(output, shard, expected) for shard in range(len(index.shards))]
+    try:
+        headers = [header_of(output, shard, expected) for shard in range(len(index.shards))]
+    except (ValueError, FileNotFoundError) as error:
+        logger.warning("no %s yet: %s", MANIFEST_NAME, error)
+        return None
     totals = totals_of(headers, index)
     payload = {
         "format_version": FORMAT_VERSION,
@@ -174,7 +183,18 @@ def read_manifest(output: Path) -> dict[str, Any]:
     version = payload.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format {version}, this code reads {FORMAT_VERSION}")
+    for entry in payload["shards"]:
+        if not _FILE.fullmatch(entry["file"]):
+            raise ValueError(f"{path} names {entry['file']!r}, which is no file of codes")
     return payload
+
+
+def listed_header(output: Path, entry: dict[str, Any]) -> Header:
+    """The header of a file of the manifest. Raises `ValueError` where it is another file by now."""
+    header = read_header(Path(output) / entry["file"])
+    if header.seal != entry["xxh3_128"]:
+        raise ValueError(f"{header.path} is not the file that {MANIFEST_NAME} lists")
+    return header
 
 
 def _entry(header: Header) -> dict[str, Any]:

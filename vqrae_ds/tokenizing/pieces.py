@@ -7,6 +7,7 @@ Suffixes: B samples of a piece that could be used, 3 channels, S side of the squ
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ from vqrae_ds.data.crops import Crop, centre_crop
 from vqrae_ds.data.decode import Decoding, decode_sample
 from vqrae_ds.data.faults import BadSample
 from vqrae_ds.data.index import ShardIndex
-from vqrae_ds.data.loader import leave_stopping_to_the_rank
 from vqrae_ds.tokenizing.code_shard import SkippedSample
 
 
@@ -68,7 +68,7 @@ def decoded_pieces(
     in_processes = {
         "persistent_workers": True,
         "prefetch_factor": prefetch_batches,
-        "worker_init_fn": leave_stopping_to_the_rank,
+        "worker_init_fn": _leave_interrupts_to_the_rank,
     }
     loader = DataLoader(
         _Pieces(index, image_size, decoding, skip_bad),
@@ -122,6 +122,11 @@ class _NotedCrop:
         crop = centre_crop(width, height)
         self.noted = [width, height, crop.left, crop.top, crop.side]
         return crop
+
+
+def _leave_interrupts_to_the_rank(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the rank says so, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(piece: DecodedPiece) -> DecodedPiece:
