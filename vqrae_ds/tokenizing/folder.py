@@ -28,13 +28,12 @@ from vqrae_ds.tokenizing.sharing import Claims, Turn
 
 CLAIMS_NAME = "claims"
 FORMAT_VERSION = 1
-
-logger = logging.getLogger(__name__)
-
 _FILE = re.compile(r"codes-(\d{6,})\.safetensors")
 _PARTIAL = re.compile(r"\.codes-(\d{6,})\.safetensors\.")
 # What may be mended: samples that were skipped for it are tried again by the next start.
 _MENDABLE = frozenset((MISSING_SHARD, RESIZED_SHARD, UNREADABLE))
+
+logger = logging.getLogger(__name__)
 
 
 class Totals(NamedTuple):
