@@ -10,6 +10,8 @@
               the CPU: time, memory, the right codes; on a GPU the kernel (about 4 minutes)
   data        decoding photographs, and resuming in the middle of a million samples, against
               webdataset with Pillow (one core, about 3 minutes)
+  tokenize    tools/tokenize_shards.py against a loop of webdataset, Pillow and the model, a whole
+              job of each with the same model and batches (about 2 minutes)
 
 examples:
   python tools/benchmark.py step
@@ -17,6 +19,7 @@ examples:
   python tools/benchmark.py checkpoint --folder /lustre/me --local-dir /nvme/me
   python tools/benchmark.py convert --parameters 5e8 --folder /scratch
   python tools/benchmark.py simvq --rounds 15
+  python tools/benchmark.py tokenize --model runs/quickstart/inference --batch-size 32
 
 Each row has ours, the peer's, and ratio = ours / peer; where the peer is 0 there is no ratio.
 """
@@ -43,6 +46,7 @@ def main() -> None:
         "convert": run_convert,
         "simvq": run_simvq,
         "data": run_data,
+        "tokenize": run_tokenize,
     }
     report = run_one[args.name](args)
     print(as_text(report))
@@ -66,6 +70,7 @@ def make_parser() -> OneLineParser:
         "convert": add_convert_options,
         "simvq": add_simvq_options,
         "data": add_data_options,
+        "tokenize": add_tokenize_options,
     }
     for name, add in add_options.items():
         parser_of_one = names.add_parser(name, **help_of_all)
@@ -156,6 +161,17 @@ def add_data_options(data: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokenize_options(tokenize: argparse.ArgumentParser) -> None:
+    """Of `run_tokenize`."""
+    photos = Path(__file__).parents[1] / "tests" / "data" / "photos"
+    add = tokenize.add_argument
+    add("--photos", type=Path, default=photos, metavar="DIR", help="of photographs")
+    add("--folder", type=Path, help="where to make shards and codes, and remove them")
+    add("--model", type=Path, metavar="DIR", help="inference folder (default: small and random)")
+    add("--batch-size", type=int, default=16, metavar="N", help="default: %(default)s")
+    add("--rounds", type=int, default=5, metavar="N", help="of each (default: %(default)s)")
+
+
 def run_step(args: argparse.Namespace) -> Report:
     """The benchmark `step`."""
     if args.micro_batch is not None and args.micro_batch < 1:
@@ -212,6 +228,20 @@ def run_data(args: argparse.Namespace) -> Report:
     from vqrae_ds.benchmarks.data import measure_data
 
     return measure_data(args.photos, args.folder, args.position, args.rounds)
+
+
+def run_tokenize(args: argparse.Namespace) -> Report:
+    """The benchmark `tokenize`."""
+    if args.rounds < 1 or args.batch_size < 1:
+        raise ValueError(f"--rounds {args.rounds} --batch-size {args.batch_size}: 1 or more")
+    for name in ("folder", "model"):
+        if (path := getattr(args, name)) is not None and not path.is_dir():
+            raise ValueError(f"--{name} {path} is no folder")
+    from vqrae_ds.benchmarks.tokenize import measure_tokenize
+
+    encoder = Path(__file__).parents[1] / "ds_configs" / "tiny" / "encoder"
+    places = (args.photos, args.model, encoder, args.folder)
+    return measure_tokenize(*places, args.batch_size, args.rounds)
 
 
 if __name__ == "__main__":

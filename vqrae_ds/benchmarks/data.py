@@ -76,10 +76,10 @@ def measure_data(photos: Path, folder: Path | None, position: int, rounds: int) 
 def _measure_decoding(
     photos: Path, folder: Path, rounds: int
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    images = [_jpeg(path, SOURCE_PX) for path in find_images(photos)]
+    images = [photograph_jpeg(path, SOURCE_PX) for path in find_images(photos)]
     for number in range(SHARDS):
         some = itertools.islice(itertools.cycle(images), number, number + SAMPLES_A_SHARD)
-        _write_shard(folder / f"{number:05d}.tar", list(some))
+        write_shard(folder / f"{number:05d}.tar", list(some))
     index = index_shards(folder)
     ways = {
         "peer": _by_peer,
@@ -120,10 +120,10 @@ def _by_peer(shard: Path) -> Iterator[np.ndarray]:
 
 
 def _measure_resuming(photos: Path, folder: Path, position: int, rounds: int) -> Resumed:
-    images = [_jpeg(path, TINY_PX) for path in find_images(photos)]
+    images = [photograph_jpeg(path, TINY_PX) for path in find_images(photos)]
     a_shard = min(1000, position)
     some = list(itertools.islice(itertools.cycle(images), a_shard))
-    _write_shard(folder / "00000.tar", some)
+    write_shard(folder / "00000.tar", some)
     for number in range(1, -(-position // a_shard) + 1):
         os.link(folder / "00000.tar", folder / f"{number:05d}.tar")  # many shards, the room of one
     indexing = _seconds(lambda: index_shards(folder))
@@ -172,7 +172,8 @@ def _seconds(do: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _jpeg(path: Path, side: int) -> bytes:
+def photograph_jpeg(path: Path, side: int) -> bytes:
+    """A photograph's centre square of `side` pixels."""
     with Image.open(path) as image:
         square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -180,7 +181,8 @@ def _jpeg(path: Path, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def _write_shard(path: Path, images: list[bytes]) -> None:
+def write_shard(path: Path, images: list[bytes]) -> None:
+    """JPEGs as img2dataset writes them, a json and a text beside each."""
     from webdataset import TarWriter
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -126,8 +126,8 @@ def read_index(folder: Path, *, check_shards: bool = True) -> ShardIndex:
     """
     folder = Path(folder)
     path = folder / INDEX_NAME
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {INDEX_NAME}: if shards lie there, {_rebuild(folder)}")
+    if fault := missing_index(folder):
+        raise ValueError(fault)
     try:
         payload: dict[str, Any] = json.loads(path.read_text())
         version = payload["format_version"]
@@ -145,6 +145,13 @@ def read_index(folder: Path, *, check_shards: bool = True) -> ShardIndex:
         for fault in shard_faults(index.shards):
             raise ValueError(fault.message)
     return index
+
+
+def missing_index(folder: Path) -> str | None:
+    """What to say where a folder has no index."""
+    if (folder / INDEX_NAME).is_file():
+        return None
+    return f"{folder} has no {INDEX_NAME}: if shards lie there, {_rebuild(folder)}"
 
 
 def shard_faults(shards: Sequence[Shard]) -> Iterator[ShardFault]:

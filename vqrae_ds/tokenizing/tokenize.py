@@ -1,0 +1,175 @@
+"""The work of one rank: claim a shard, decode, encode, publish, until nothing is left to take.
+
+No rank talks to another. The last one to finish a shard sees all of them there, and writes the
+manifest. A rank that is killed loses the shards that it has claimed: the one that it encodes, and
+one more where its loader has begun to decode ahead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqrae_ds.config import DataConfig
+from vqrae_ds.data.index import ShardIndex
+from vqrae_ds.data.opening import decoding_of
+from vqrae_ds.manifest import MANIFEST_NAME
+from vqrae_ds.tokenizing.code_shard import Codes, encode_shard
+from vqrae_ds.tokenizing.folder import (
+    CLAIMS_NAME,
+    Expected,
+    Totals,
+    finish,
+    is_finished,
+    publish,
+    remove_leftovers,
+)
+from vqrae_ds.tokenizing.job import Job, begin_or_join, source_of
+from vqrae_ds.tokenizing.pieces import DecodedPiece, decoded_pieces, pieces_of
+from vqrae_ds.tokenizing.progress import Progress
+from vqrae_ds.tokenizing.sharing import Claims, Turn, Worker, turns
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[Tensor], Tensor]  # images (B, 3, S, S) in [0, 1] -> codes (B, h, w)
+
+
+class Task(NamedTuple):
+    """All that a rank works with; `made_with` is kept in its files."""
+
+    output: Path
+    job: Job
+    index: ShardIndex
+    data: DataConfig
+    worker: Worker
+    batch_size: int
+    made_with: dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What a rank leaves: `totals` where it saw the whole job done, else None."""
+
+    shards: int  # that it made
+    images: int
+    totals: Totals | None
+
+
+def tokenize(task: Task, load: Callable[[], Encode]) -> Outcome:
+    """Make the codes of all shards that no other rank has made or is making.
+
+    `load` is asked for the model only where there is something to do. Raises `ValueError` where the
+    folder is of another job; with `data.bad_samples: refuse` `BadSample` naming shard and key.
+    """
+    output, index = task.output, task.index
+    begin_or_join(output, task.job)
+    claims = Claims(output / CLAIMS_NAME)
+    progress = Progress(output, index.samples_per_shard)
+    made = 0
+    try:
+        shards = _shards_to_do(task, claims)
+        first = next(shards, None)
+        if first is not None:
+            pieces = decoded_pieces(
+                pieces_of(chain([first], shards), index, task.batch_size),
+                index,
+                image_size=task.job.image_size,
+                decoding=decoding_of(task.data)._replace(mode="exact"),
+                skip_bad=task.data.bad_samples == "skip",
+                num_workers=task.data.num_workers,
+                prefetch_batches=task.data.prefetch_batches,
+            )
+            made = _work(task, pieces, load(), claims, progress)
+        if made:
+            logger.info("%s", progress.line())
+        totals = finish(output, task.job, index, anew=made > 0)
+        if totals is not None:
+            remove_leftovers(output, claims)
+    finally:
+        claims.close()
+    return Outcome(made, progress.images, totals)
+
+
+def _shards_to_do(task: Task, claims: Claims) -> Iterator[int]:
+    """Those that this rank has claimed, as they are asked for.
+
+    Of its own share it reads what is there already; whether a shard of another's is sound is the
+    other's to find out.
+    """
+    expected = Expected(task.job.digest, task.index)
+    for turn in turns(len(task.index.shards), task.worker):
+        if _is_done(task, turn, expected) or not claims.take(turn):
+            continue
+        if _is_done(task, turn, expected):  # by another rank, just before
+            claims.let_go(turn.shard)
+            continue
+        (task.output / MANIFEST_NAME).unlink(missing_ok=True)  # it vouches for what was there
+        yield turn.shard
+
+
+def _is_done(task: Task, turn: Turn, expected: Expected) -> bool:
+    return is_finished(task.output, turn.shard, expected, thoroughly=turn.is_own)
+
+
+def _work(
+    task: Task,
+    pieces: Iterator[DecodedPiece],
+    encode: Encode,
+    claims: Claims,
+    progress: Progress,
+) -> int:
+    """The number of shards that were made of `pieces`."""
+    made, parts, codes = 0, [], []
+    for part in pieces:
+        piece = part.piece
+        codes.append(_encoded(part, encode, task))
+        parts.append(part._replace(images_B3SS=torch.empty(0)))  # the pixels of a shard are many
+        progress.add(piece.end - piece.first)
+        if piece.is_last:
+            publish(task.output, piece.shard, _file_of(task, piece.shard, parts, codes))
+            claims.let_go(piece.shard)
+            progress.shard_done()
+            made, parts, codes = made + 1, [], []
+    return made
+
+
+def _encoded(part: DecodedPiece, encode: Encode, task: Task) -> np.ndarray:
+    """uint16 (B, h, w)."""
+    if not part.keys:
+        return np.empty((0, *task.job.grid), np.uint16)
+    try:
+        indices_Bhw = encode(part.images_B3SS)
+    except ValueError as error:
+        shard = task.index.shards[part.piece.shard].path
+        where = f"{shard}, samples {part.keys[0]!r} to {part.keys[-1]!r}"
+        raise ValueError(f"{where}: {error}") from error
+    return indices_Bhw.to(torch.int32).cpu().numpy().astype(np.uint16)
+
+
+def _file_of(task: Task, shard: int, parts: list[DecodedPiece], codes: list[np.ndarray]) -> bytes:
+    crops = [crop for part in parts for crop in part.crops]
+    columns = Codes(
+        codes_Nhw=np.concatenate(codes),
+        numbers_N=np.array([n for part in parts for n in part.numbers], np.int32),
+        crops_N5=np.array(crops, np.int32).reshape(len(crops), 5),
+        keys=[key for part in parts for key in part.keys],
+    )
+    skipped = [sample for part in parts for sample in part.skipped]
+    if skipped:
+        first = skipped[0]
+        shard_path = task.index.shards[shard].path
+        text = "%s: %d samples are skipped, the first %r (%s)"
+        logger.warning(text, shard_path, len(skipped), first.key, first.kind)
+    return encode_shard(
+        columns,
+        job=task.job.digest,
+        source=source_of(task.index, shard),
+        skipped=skipped,
+        made_with=task.made_with,
+    )
