@@ -88,7 +88,8 @@ def decode_crop(
     `choose_crop` gets the upright image's width and height. Raises `BadSample`.
     """
     header = checked_header(data, decoding.limits)
-    if header.format == "JPEG" and header.components in (1, 3):
+    is_plain = header.components in (1, 3) and not header.is_turned_by_xmp
+    if header.format == "JPEG" and is_plain:
         sides = (header.height, header.width)
         crop = choose_crop(*(sides if header.orientation >= 5 else sides[::-1]))
         scale = _scale(crop, image_size) if decoding.mode == "fast" else 1
