@@ -8,7 +8,9 @@ in CMYK; 8 for a PNG, 12 where it is turned; 16 for a WebP, of which Pillow's de
 
 `exact` decodes every pixel. `fast` has libjpeg-turbo leave out the frequencies of a JPEG that the
 output has no room for (it decodes at 1/2, 1/4 or 1/8), wherever the crop stays at least as large as
-the output; a crop then lies within a pixel of that scale.
+the output; a crop then lies within a pixel of that scale. It is for images that are large: of 512
+px to 256 it is `exact` for all crops but the whole image, of 1024 px to 256 for none. What is left
+is the reading of the Huffman codes, most of the time at JPEG quality 95, which no scale shortens.
 Suffixes: 3 channels, H height, W width, S side of the square output, in pixels.
 """
 
@@ -195,7 +197,11 @@ def _resized_image(image: Image.Image, crop: Crop, image_size: int) -> torch.Ten
 
 def _resized(pixels_HW3: np.ndarray, crop: Crop, image_size: int) -> torch.Tensor:
     square_SS3 = pixels_HW3[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
-    square_13SS = torch.from_numpy(square_SS3).permute(2, 0, 1)[None]
+    # Channels last, with the stride of a true first dimension: a fifth faster than without.
+    square_1SS3 = torch.from_numpy(np.ascontiguousarray(square_SS3)).view(
+        1, crop.side, crop.side, 3
+    )
+    square_13SS = square_1SS3.permute(0, 3, 1, 2)
     if crop.side != image_size:
         square_13SS = F.interpolate(
             square_13SS, (image_size, image_size), mode="bicubic", antialias=True
