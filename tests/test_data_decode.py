@@ -271,6 +271,18 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
     assert np.array_equal(pixels(data), expected)
 
 
+def test_of_several_exifs_the_first_counts() -> None:
+    parts = []
+    for orientation in (6, 3):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        parts.append(b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0"))
+    jpeg = encode(Image.new("RGB", (24, 16)), "JPEG")
+    segments = b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part for part in parts)
+    data = jpeg[:2] + segments + jpeg[2:]
+    assert read_header(data).orientation == 6 and decode_image(data).size == (16, 24)
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize(("in_exif", "turns"), [(None, True), (1, False)])
 def test_an_orientation_in_xmp_alone_is_applied(

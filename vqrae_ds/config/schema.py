@@ -88,8 +88,8 @@ class DataConfig(Section):
     crop_scale_min: Share = 0.5
     crop_scale_max: Share = 1.0
     horizontal_flip: bool = True
-    # fast: JPEGs are decoded at a half, a quarter or an eighth where the crop is at least twice, four
-    # or eight times the output; of images less than twice the output, all are decoded as by exact
+    # fast: JPEGs are decoded at a half, a quarter or an eighth where the crop is at least twice,
+    # four or eight times the output; where it is smaller, as by exact
     decode: Literal["exact", "fast"] = "exact"
     bad_samples: Literal["refuse", "skip"] = "refuse"
     max_bad_share: Share = 0.01

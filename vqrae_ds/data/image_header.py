@@ -104,7 +104,7 @@ def read_header(data: bytes) -> Header:
 
 
 def _read_jpeg(data: bytes) -> Header:
-    header, at, exif_orientation, has_xmp_orientation = None, 2, None, False
+    header, at, exif, has_xmp_orientation = None, 2, None, False
     for _ in range(MAX_MARKERS):
         if (at := data.find(b"\xff", at)) < 0:
             break
@@ -115,6 +115,7 @@ def _read_jpeg(data: bytes) -> Header:
         if marker == 0xD9 or (marker == 0xDA and header is None):  # the end, or a scan of nothing
             break
         if marker == 0xDA:  # one scan of all components is the only one that is read
+            exif_orientation = _exif_orientation(exif or b"")
             return header._replace(
                 has_scans=header.has_scans or data[at + 4] < header.components,
                 orientation=exif_orientation or 1,
@@ -124,8 +125,8 @@ def _read_jpeg(data: bytes) -> Header:
         if marker in _FRAMES and header is None:
             height, width, components = struct.unpack_from(">HHB", data, at + 5)
             header = Header("JPEG", width, height, components, has_scans=marker in _PROGRESSIVE)
-        if marker == 0xE1 and data.startswith(_EXIF, at + 4):
-            exif_orientation = _exif_orientation(data[at + 10 : at + 2 + length])
+        if marker == 0xE1 and exif is None and data.startswith(_EXIF, at + 4):
+            exif = data[at + 10 : at + 2 + length]
         if marker == 0xE1 and data.startswith(_XMP, at + 4):
             has_xmp_orientation = data.find(b"tiff:Orientation", at, at + 2 + length) >= 0
         at += 2 + length
