@@ -17,7 +17,9 @@ def sampled_memory(peaks: dict[str, int]) -> Iterator[None]:
     start, done = read_memory(), threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.001):
+        is_last = False
+        while not is_last:
+            is_last = done.wait(0.001)  # one sample is taken however short it was
             for name, now in read_memory().items():
                 peaks[name] = max(peaks.get(name, 0), now - start[name])
 

@@ -87,7 +87,7 @@ def test_each_fault_is_known_by_its_kind_within_bounded_memory(faults, mode: str
                 kind = None
             except BadSample as error:
                 kind = error.kind
-        found[fault.name] = kind, peaks.get("RssAnon", 0) < MOST_MEMORY
+        found[fault.name] = kind, peaks["RssAnon"] < MOST_MEMORY
     assert found == {fault.name: (fault.kind, True) for fault in every}
     assert not payload.exists(), "code out of a shard was executed"
 

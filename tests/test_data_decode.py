@@ -12,6 +12,7 @@ import pytest
 import simplejpeg
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from vqrae_ds.data.crops import Augmentation, Crop, SampleSeed, centre_crop, random_crop
 from vqrae_ds.data.decode import Decoding, decode_crop, decode_image, decode_sample
@@ -268,6 +269,39 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
         expected = np.asarray(ImageOps.exif_transpose(image))
     assert expected.shape == ((24, 16, 3) if orientation >= 5 else (16, 24, 3))
     assert np.array_equal(pixels(data), expected)
+
+
+def test_of_several_exifs_the_first_counts() -> None:
+    parts = []
+    for orientation in (6, 3):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        parts.append(b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0"))
+    jpeg = encode(Image.new("RGB", (24, 16)), "JPEG")
+    segments = b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part for part in parts)
+    data = jpeg[:2] + segments + jpeg[2:]
+    assert read_header(data).orientation == 6 and decode_image(data).size == (16, 24)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(("in_exif", "turns"), [(None, True), (1, False)])
+def test_an_orientation_in_xmp_alone_is_applied(
+    format: str, in_exif: int | None, turns: bool
+) -> None:
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    exif = Image.Exif()
+    if in_exif is not None:
+        exif[0x0112] = in_exif
+    saved = {"xmp": xmp, "exif": exif}
+    if format == "PNG":
+        saved = {"pnginfo": PngInfo(), "exif": exif}
+        saved["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8))
+    data = encode(stored, format, **saved)
+    asked = []
+    decode_crop(data, lambda *sides: asked.append(sides) or centre_crop(*sides), image_size=16)
+    assert asked == [(16, 24) if turns else (24, 16)]
+    assert decode_image(data).size == asked[0]
 
 
 def test_unreadable_exif_does_not_cost_the_image() -> None:

@@ -346,4 +346,4 @@ def test_a_name_that_claims_to_be_huge_is_not_read(tmp_path: Path, kind: bytes) 
         pytest.raises(ValueError, match=f"a name of {size} bytes at byte 0"),
     ):
         index_shards(tmp_path)
-    assert peaks.get("RssAnon", 0) < 32 << 20
+    assert peaks["RssAnon"] < 32 << 20

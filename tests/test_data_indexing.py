@@ -80,32 +80,33 @@ def test_the_last_build_reads_no_shard_that_a_part_has_read(
 
 
 BUILD = """
-import sys, time
+import sys
 from pathlib import Path
 from vqrae_ds.data import indexing
 scan = indexing.scan_shard
-def slowly(path, **options):
-    time.sleep(0.05)
+def as_far_as_the_gate(path, **options):
+    if path.name == "00020.tar":
+        open(sys.argv[2]).read()
     return scan(path, **options)
-indexing.scan_shard = slowly
+indexing.scan_shard = as_far_as_the_gate
 indexing.index_shards(Path(sys.argv[1]))
 """
 
 
 def test_a_build_that_is_killed_goes_on(tmp_path: Path) -> None:
-    folder = make_shards(tmp_path / "shards", 60)
-    builder = start_python("-c", BUILD, str(folder))
+    folder, gate = make_shards(tmp_path / "shards", 60), tmp_path / "gate"
+    os.mkfifo(gate)  # nobody writes to it: who opens it waits until it is killed
+    builder = start_python("-c", BUILD, str(folder), str(gate))
     journal = folder / "index.journal"
-    deadline = time.monotonic() + 60
-    while not journal.exists() or len(list(indexing._entries(journal))) < 5:
+    deadline = time.monotonic() + 300
+    while not journal.exists() or len(list(indexing._entries(journal))) < 20:
         assert builder.poll() is None and time.monotonic() < deadline, builder.communicate()
         time.sleep(0.01)
     with pytest.raises(ValueError, match="index.journal is being written by another process"):
         index_shards(folder)
     builder.send_signal(signal.SIGKILL)
     builder.communicate()
-    known = len(list(indexing._entries(journal)))
-    assert 5 <= known < 60 and not (folder / INDEX_NAME).exists()
+    assert len(list(indexing._entries(journal))) == 20 and not (folder / INDEX_NAME).exists()
     with open(journal, "ab") as file:
         file.write(b'{"file": "00059.tar", "size": 1')  # as a kill amid a write leaves it
     index_shards(folder)

@@ -1,15 +1,18 @@
 """Reading images: the trainer's data path against webdataset with Pillow, on the same shards.
 
 Decoding: photographs as JPEGs of 512 px in shards as img2dataset writes them, each to 256 px in 8
-bits, in one thread. The peer decodes with `.decode("pil")` and resizes by Pillow's bicubic filter;
-all take turns, shard for shard, and processor time counts. Resuming: the time from nothing to the
-first batch at a position of the stream; the peer, which has no positions, reads up to it, without
-decoding.
+bits, in one thread; whole, and in the random crops of the default augmentation. The peer decodes
+with `.decode("pil")`, crops and resizes by Pillow's bicubic filter. All take turns, shard for
+shard, and processor time counts. Two rows are of libjpeg-turbo alone, which decodes the same bytes
+whole and at a half and does nothing else: no reader that decodes with it can be faster.
+
+Resuming: the time from nothing to the first batch at a position of the stream, out of one loader
+process. Nothing of an earlier round is remembered. The peer, which has no positions, reads up to
+it, without decoding.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import statistics
@@ -21,22 +24,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
+from vqrae_ds.benchmarks.photo_shards import QUALITY, source_jpegs, tiny_jpegs, write_shard
 from vqrae_ds.benchmarks.table import Report, Row, describe_machine
-from vqrae_ds.data.crops import Augmentation, centre_crop
+from vqrae_ds.config import DataConfig
+from vqrae_ds.data.crops import Augmentation, Crop, SampleSeed, centre_crop, random_crop
 from vqrae_ds.data.decode import Decoding, decode_crop
-from vqrae_ds.data.index import ShardIndex, read_index
+from vqrae_ds.data.index import ShardIndex
 from vqrae_ds.data.indexing import index_shards
+from vqrae_ds.data.opening import Reader, open_index, open_training
 from vqrae_ds.data.reading import read_sample
-from vqrae_ds.data.shard_writing import find_images
-from vqrae_ds.data.stream import training_batches
 
-SOURCE_PX, OUTPUT_PX, TINY_PX, QUALITY = 512, 256, 64, 92
+SOURCE_PX, OUTPUT_PX, TINY_PX = 512, 256, 64
 SHARDS, SAMPLES_A_SHARD = 2, 64
 BATCH = 8
-PEER = "webdataset + Pillow bicubic"
+PEER, PEER_RESUMING = "webdataset + Pillow bicubic", "webdataset, reading up to it"
+
+ChooseCrop = Callable[[int, int], Crop]
+Way = Callable[[int], Iterator[np.ndarray]]  # a shard by its number, to its images (H, W, 3)
+
+
+class Decoded(NamedTuple):
+    """What decoding costs by each way, and how near to its peer each of ours comes."""
+
+    rates: dict[str, float]  # images per second of processor time
+    psnr: dict[str, list[float]]  # dB, mean and least
+    sources: dict[str, int]
 
 
 class Resumed(NamedTuple):
@@ -54,18 +70,26 @@ def measure_data(photos: Path, folder: Path | None, position: int, rounds: int) 
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            rates, psnr = _measure_decoding(photos, Path(temporary) / "photographs", rounds)
+            decoded = _measure_decoding(photos, Path(temporary) / "photographs", rounds)
             resumed = _measure_resuming(photos, Path(temporary) / "many", position, rounds)
     finally:
         torch.set_num_threads(threads)
-    seconds = resumed.seconds[position]
     rows = [
-        Row("exact_images_per_cpu_second", rates["exact"], rates["peer"], PEER, "images"),
-        Row("fast_images_per_cpu_second", rates["fast"], rates["peer"], PEER, "images"),
-        Row("resume_time", seconds, resumed.peer_seconds, "webdataset, reading up to it", "s"),
+        Row(f"{ours}_per_cpu_second", decoded.rates[ours], decoded.rates[peer], PEER, "images")
+        for ours, peer in (
+            ("exact_images", "peer_images"),
+            ("fast_images", "peer_images"),
+            ("exact_random_crops", "peer_random_crops"),
+            ("fast_random_crops", "peer_random_crops"),
+            ("bare_decodes", "peer_images"),
+            ("bare_half_decodes", "peer_images"),
+        )
     ]
+    seconds = resumed.seconds[position]
+    rows.append(Row("resume_time", seconds, resumed.peer_seconds, PEER_RESUMING, "s"))
     details: dict[str, Any] = {
-        "psnr_to_pillow_mean_and_least": psnr,
+        "psnr_to_pillow_mean_and_least": decoded.psnr,
+        "sources": decoded.sources,
         "resume_seconds_by_position": {p: round(s, 4) for p, s in resumed.seconds.items()},
         "indexing_seconds": round(resumed.indexing_seconds, 1),
         "index_bytes_a_sample": round(resumed.bytes_a_sample, 2),
@@ -73,123 +97,143 @@ def measure_data(photos: Path, folder: Path | None, position: int, rounds: int) 
     return Report("data", describe_machine("cpu"), rows, details)
 
 
-def _measure_decoding(
-    photos: Path, folder: Path, rounds: int
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    images = [photograph_jpeg(path, SOURCE_PX) for path in find_images(photos)]
+def _measure_decoding(photos: Path, folder: Path, rounds: int) -> Decoded:
+    jpegs = source_jpegs(photos, SOURCE_PX)
     for number in range(SHARDS):
-        some = itertools.islice(itertools.cycle(images), number, number + SAMPLES_A_SHARD)
+        first = number * SAMPLES_A_SHARD
+        some = itertools.islice(itertools.cycle(jpegs), first, first + SAMPLES_A_SHARD)
         write_shard(folder / f"{number:05d}.tar", list(some))
     index = index_shards(folder)
-    ways = {
-        "peer": _by_peer,
-        "exact": partial(_by_ours, index, Decoding("exact")),
-        "fast": partial(_by_ours, index, Decoding("fast")),
-    }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(rounds + 1):  # the first of each is not counted
-        for shard, (way, decode) in itertools.product(index.shards, ways.items()):
+    ways = _ways(index)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):  # the first of each is not counted
+        for shard, (name, decode) in itertools.product(range(SHARDS), ways.items()):
             start = time.process_time()
-            for _ in decode(shard.path):
+            for _ in decode(shard):
                 pass
-            if number:
-                seconds[way].append(time.process_time() - start)
-    theirs = list(_by_peer(index.shards[0].path))
+            if turn:
+                seconds[name].append(time.process_time() - start)
     psnr = {}
-    for way in ("exact", "fast"):
-        ours = list(ways[way](index.shards[0].path))
-        found = [_psnr(*pair) for pair in zip(ours, theirs, strict=True)]
-        psnr[way] = [round(statistics.mean(found), 1), round(min(found), 1)]
-    return {way: SAMPLES_A_SHARD / statistics.median(s) for way, s in seconds.items()}, psnr
+    for mode, what in itertools.product(("exact", "fast"), ("images", "random_crops")):
+        pairs = zip(ways[f"{mode}_{what}"](0), ways[f"peer_{what}"](0), strict=True)
+        found = [_psnr(*pair) for pair in pairs]
+        psnr[f"{mode}_{what}"] = [round(statistics.mean(found), 1), round(min(found), 1)]
+    bytes_each = sum(map(len, jpegs)) // len(jpegs)
+    sources = {"images": len(jpegs), "bytes_each": bytes_each, "quality": QUALITY}
+    rates = {name: SAMPLES_A_SHARD / statistics.median(s) for name, s in seconds.items()}
+    return Decoded(rates, psnr, sources)
 
 
-def _by_ours(index: ShardIndex, decoding: Decoding, shard: Path) -> Iterator[np.ndarray]:
-    number = [entry.path for entry in index.shards].index(shard)
-    for i in range(int(index.starts[number]), int(index.starts[number + 1])):
-        data = read_sample(index.sample(i), decoding.limits.num_bytes)
-        pixels = decode_crop(data, centre_crop, image_size=OUTPUT_PX, decoding=decoding)
+def _ways(index: ShardIndex) -> dict[str, Way]:
+    whole, cropped = [centre_crop] * SAMPLES_A_SHARD, _random_crops()
+    exact, fast = Decoding("exact"), Decoding("fast")
+    return {
+        "peer_images": partial(_by_peer, index, whole),
+        "exact_images": partial(_by_ours, index, exact, whole),
+        "fast_images": partial(_by_ours, index, fast, whole),
+        "peer_random_crops": partial(_by_peer, index, cropped),
+        "exact_random_crops": partial(_by_ours, index, exact, cropped),
+        "fast_random_crops": partial(_by_ours, index, fast, cropped),
+        "bare_decodes": partial(_bare, index, 1),
+        "bare_half_decodes": partial(_bare, index, 2),
+    }
+
+
+def _random_crops() -> list[ChooseCrop]:
+    """Those of a training that says nothing of crops."""
+    data = DataConfig(train="any")
+    augmentation = Augmentation(data.crop_scale_min, data.crop_scale_max, data.horizontal_flip)
+    return [
+        partial(random_crop, augmentation=augmentation, seed=SampleSeed(0, 0, i))
+        for i in range(SAMPLES_A_SHARD)
+    ]
+
+
+def _by_ours(
+    index: ShardIndex, decoding: Decoding, choose_crops: list[ChooseCrop], shard: int
+) -> Iterator[np.ndarray]:
+    for data, choose_crop in zip(_bytes_of(index, shard), choose_crops, strict=True):
+        pixels = decode_crop(data, choose_crop, image_size=OUTPUT_PX, decoding=decoding)
         yield pixels.permute(1, 2, 0).numpy()
 
 
-def _by_peer(shard: Path) -> Iterator[np.ndarray]:
+def _by_peer(index: ShardIndex, choose_crops: list[ChooseCrop], shard: int) -> Iterator[np.ndarray]:
     import webdataset
 
-    for sample in webdataset.WebDataset(str(shard), shardshuffle=False).decode("pil"):
-        size = (OUTPUT_PX, OUTPUT_PX)
-        yield np.asarray(sample["jpg"].resize(size, Image.Resampling.BICUBIC))
+    path = str(index.shards[shard].path)
+    samples = webdataset.WebDataset(path, shardshuffle=False).decode("pil")
+    for sample, choose_crop in zip(samples, choose_crops, strict=True):
+        image = sample["jpg"]
+        crop = choose_crop(*image.size)
+        if (crop.side, crop.side) != image.size:
+            right, bottom = crop.left + crop.side, crop.top + crop.side
+            image = image.crop((crop.left, crop.top, right, bottom))
+        image = image.resize((OUTPUT_PX, OUTPUT_PX), Image.Resampling.BICUBIC)
+        if crop.mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        yield np.asarray(image)
+
+
+def _bare(index: ShardIndex, scale: int, shard: int) -> Iterator[np.ndarray]:
+    least = SOURCE_PX // scale
+    for data in _bytes_of(index, shard):
+        yield simplejpeg.decode_jpeg(
+            data, "RGB", min_height=least, min_width=least, min_factor=scale
+        )
+
+
+def _bytes_of(index: ShardIndex, shard: int) -> Iterator[bytes]:
+    for number in range(int(index.starts[shard]), int(index.starts[shard + 1])):
+        yield read_sample(index.sample(number), Decoding().limits.num_bytes)
 
 
 def _measure_resuming(photos: Path, folder: Path, position: int, rounds: int) -> Resumed:
-    images = [photograph_jpeg(path, TINY_PX) for path in find_images(photos)]
     a_shard = min(1000, position)
-    some = list(itertools.islice(itertools.cycle(images), a_shard))
-    write_shard(folder / "00000.tar", some)
+    jpegs = tiny_jpegs(photos, TINY_PX)
+    write_shard(folder / "00000.tar", list(itertools.islice(itertools.cycle(jpegs), a_shard)))
     for number in range(1, -(-position // a_shard) + 1):
         os.link(folder / "00000.tar", folder / f"{number:05d}.tar")  # many shards, the room of one
-    indexing = _seconds(lambda: index_shards(folder))
-    index = read_index(folder)
+    start = time.perf_counter()
+    index = index_shards(folder)
+    indexing = time.perf_counter() - start
     num_bytes = sum(path.stat().st_size for path in folder.glob("index.*"))
-
-    def resume_at(start: int) -> None:
-        read = read_index(folder, check_shards=False)
-        next(_first_batches(read, start))
-
-    resume_at(1)  # what is imported at the first use is no part of it
+    names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count())
+    _resume(folder, next(names), 0)  # what is imported at the first use is no part of it
     seconds = {
-        start: statistics.median(_seconds(partial(resume_at, start + r)) for r in range(rounds))
-        for start in (0, position // 100, position // 2, position)
+        at: statistics.median(_resume(folder, next(names), at) for _ in range(rounds))
+        for at in (0, position // 100, position // 2, position)
     }
-    shards = [str(shard.path) for shard in index.shards]
-    peer = _seconds(lambda: _replay(shards, position))
+    peer = _replay([str(shard.path) for shard in index.shards], position)
     return Resumed(seconds, peer, indexing, num_bytes / index.num_samples)
 
 
-def _first_batches(index: ShardIndex, start: int) -> Iterator[Any]:
-    return training_batches(
-        index,
+def _resume(folder: Path, link: Path, start: int) -> float:
+    """Seconds to the first batch by a path, and in an order, that are remembered from nowhere."""
+    link.symlink_to(folder)
+    seed = int(link.name.rpartition("-")[2])
+    data, reader = DataConfig(train=str(link), num_workers=1), Reader(0, 1)
+    began = time.perf_counter()
+    batches = open_training(
+        data,
+        open_index(data.train, data, reader),
+        reader,
         image_size=TINY_PX,
         micro_batch_size=BATCH,
-        rank=0,
-        world_size=1,
-        seed=0,
+        seed=seed,
         start=start,
-        num_workers=0,
-        augmentation=Augmentation(0.5, 1.0, horizontal_flip=True),
     )
+    next(batches)
+    return time.perf_counter() - began
 
 
-def _replay(shards: list[str], position: int) -> None:
+def _replay(shards: list[str], position: int) -> float:
     import webdataset
 
+    began = time.perf_counter()
     samples = iter(webdataset.WebDataset(shards, shardshuffle=False))
     for _ in itertools.islice(samples, position, position + BATCH):
         pass
-
-
-def _seconds(do: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    do()
-    return time.perf_counter() - start
-
-
-def photograph_jpeg(path: Path, side: int) -> bytes:
-    """A photograph's centre square of `side` pixels."""
-    with Image.open(path) as image:
-        square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    square.save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue()
-
-
-def write_shard(path: Path, images: list[bytes]) -> None:
-    """JPEGs as img2dataset writes them, a json and a text beside each."""
-    from webdataset import TarWriter
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
-        for number, image in enumerate(images):
-            members = {"jpg": image, "json": b'{"width": 512}', "txt": b"a photograph"}
-            writer.write({"__key__": f"{number:09d}", **members})
+    return time.perf_counter() - began
 
 
 def _psnr(ours: np.ndarray, theirs: np.ndarray) -> float:

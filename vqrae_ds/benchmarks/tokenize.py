@@ -24,13 +24,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqrae_ds.benchmarks.data import photograph_jpeg, write_shard
+from vqrae_ds.benchmarks.photo_shards import source_jpegs, write_shard
 from vqrae_ds.benchmarks.table import Report, Row, describe_machine
 from vqrae_ds.config import DataConfig, ModelConfig
 from vqrae_ds.data.crops import centre_crop
 from vqrae_ds.data.index import read_index
 from vqrae_ds.data.indexing import index_shards
-from vqrae_ds.data.shard_writing import find_images
 from vqrae_ds.models.vqrae import VQRAE, read_config
 from vqrae_ds.tokenizing.code_shard import read_columns, read_header
 from vqrae_ds.tokenizing.folder import code_path
@@ -107,7 +106,7 @@ def measure_tokenize(
 
 
 def _make_shards(photos: Path, folder: Path, shards: int) -> None:
-    images = [photograph_jpeg(path, SOURCE_PX) for path in find_images(photos)]
+    images = source_jpegs(photos, SOURCE_PX)
     for number in range(shards):
         some = itertools.islice(itertools.cycle(images), number, number + SAMPLES_A_SHARD)
         write_shard(folder / f"{number:05d}.tar", list(some))

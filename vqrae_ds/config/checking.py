@@ -42,7 +42,7 @@ REQUIREMENTS = {
     "greater_than": "above {gt:g}",
     "greater_than_equal": "at least {ge:g}",
     "less_than": "below {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "less_than_equal": "at most {le:.9g}",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import TYPE_CHECKING
 
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from vqrae_ds.config.schema import DataConfig
 
 MAX_PATHS = 1_000_000
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
+_MAX_DIGITS = 18
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -18,6 +21,9 @@ def expand_braces(pattern: str) -> list[str]:
 
     Raises `ValueError` for braces without their peer, and for more than `MAX_PATHS` paths.
     """
+    # A range becomes a list before the first path of its pattern comes out.
+    if any(_width(*found.groups()) > MAX_PATHS for found in _RANGE.finditer(pattern)):
+        raise ValueError(f"{pattern} means more than {MAX_PATHS} paths")
     try:
         paths = list(itertools.islice(braceexpand(pattern), MAX_PATHS + 1))
     except UnbalancedBracesError as error:
@@ -25,6 +31,13 @@ def expand_braces(pattern: str) -> list[str]:
     if len(paths) > MAX_PATHS:
         raise ValueError(f"{pattern} means more than {MAX_PATHS} paths")
     return paths
+
+
+def _width(first: str, last: str, step: str | None) -> int:
+    """How many numbers a range has; more than `MAX_PATHS` where one is too long to be read."""
+    if max(len(first), len(last), len(step or "")) > _MAX_DIGITS:
+        return MAX_PATHS + 1
+    return abs(int(last) - int(first)) // (int(step or 1) or 1) + 1
 
 
 def data_folders(data: DataConfig) -> dict[str, str]:

@@ -88,11 +88,13 @@ class DataConfig(Section):
     crop_scale_min: Share = 0.5
     crop_scale_max: Share = 1.0
     horizontal_flip: bool = True
-    # fast: JPEGs are decoded at a half, a quarter or an eighth where the crop is large enough
+    # fast: JPEGs are decoded at a half, a quarter or an eighth where the crop is at least twice,
+    # four or eight times the output; where it is smaller, as by exact
     decode: Literal["exact", "fast"] = "exact"
     bad_samples: Literal["refuse", "skip"] = "refuse"
     max_bad_share: Share = 0.01
-    max_image_pixels: Positive = 89_478_485  # more is refused before it is decoded
+    # More is refused before it is decoded; above twice the default, Pillow refuses by itself.
+    max_image_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 89_478_485
     max_image_bytes: Positive = 67_108_864
     prefetch_batches: Positive = 2  # that each loader process is ahead
 

@@ -25,10 +25,15 @@ MAX_SIDE = 65_535
 # A progressive JPEG is written in about ten scans; each is a pass over all pixels, and may cost its
 # author a few bytes. libjpeg-turbo's own fuzzers give up above this number.
 MAX_SCANS = 500
+MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans: seconds; 22 scans of the largest image
+# An encoder writes about ten markers before the first scan, and hundreds where a profile or a
+# preview is cut up. Bytes of 0xFF and markers without a length cost their author nothing.
+MAX_MARKERS = 10_000
 _START_OF_SCAN = b"\xff\xda"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _ALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # markers without a length
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"  # what APP1 segments begin with
 _ORIENTATION = 0x0112
 _SHOWN_BYTES = 24
 
@@ -50,6 +55,7 @@ class Header(NamedTuple):
     components: int = 0  # JPEG alone: 1 grey, 3 colour, 4 CMYK
     orientation: int = 1
     has_scans: bool = False  # a JPEG of more than one scan, as every progressive one is
+    is_turned_by_xmp: bool = False  # a JPEG with an orientation in its XMP, and none in its EXIF
 
 
 def checked_header(data: bytes, limits: Limits) -> Header:
@@ -69,9 +75,16 @@ def checked_header(data: bytes, limits: Limits) -> Header:
         raise BadSample(f"{size} has a side over the limit of {limits.side}", TOO_LARGE)
     if not (header.width and header.height):
         raise BadSample(f"cannot decode the image: it is {size}")
-    if header.has_scans and (scans := data.count(_START_OF_SCAN)) > MAX_SCANS:
-        raise BadSample(f"a JPEG of {scans} scans is over the limit of {MAX_SCANS}", TOO_MANY_SCANS)
+    if header.has_scans:
+        _refuse_many_scans(data.count(_START_OF_SCAN), header.width * header.height)
     return header
+
+
+def _refuse_many_scans(scans: int, pixels: int) -> None:
+    most = min(MAX_SCANS, MAX_SCANNED_PIXELS // pixels)
+    if scans > most:
+        message = f"a JPEG of {scans} scans is over the limit of {most} for its {pixels} pixels"
+        raise BadSample(message, TOO_MANY_SCANS)
 
 
 def read_header(data: bytes) -> Header:
@@ -91,8 +104,10 @@ def read_header(data: bytes) -> Header:
 
 
 def _read_jpeg(data: bytes) -> Header:
-    header, at, orientation = None, 2, 1
-    while (at := data.find(b"\xff", at)) >= 0:
+    header, at, exif, has_xmp_orientation = None, 2, None, False
+    for _ in range(MAX_MARKERS):
+        if (at := data.find(b"\xff", at)) < 0:
+            break
         marker = data[at + 1]
         if marker in _ALONE or marker in (0x00, 0xFF):
             at += 1 if marker == 0xFF else 2
@@ -100,23 +115,32 @@ def _read_jpeg(data: bytes) -> Header:
         if marker == 0xD9 or (marker == 0xDA and header is None):  # the end, or a scan of nothing
             break
         if marker == 0xDA:  # one scan of all components is the only one that is read
-            has_scans = header.has_scans or data[at + 4] < header.components
-            return header._replace(has_scans=has_scans, orientation=orientation)
+            exif_orientation = _exif_orientation(exif or b"")
+            return header._replace(
+                has_scans=header.has_scans or data[at + 4] < header.components,
+                orientation=exif_orientation or 1,
+                is_turned_by_xmp=has_xmp_orientation and exif_orientation is None,
+            )
         (length,) = struct.unpack_from(">H", data, at + 2)
         if marker in _FRAMES and header is None:
             height, width, components = struct.unpack_from(">HHB", data, at + 5)
             header = Header("JPEG", width, height, components, has_scans=marker in _PROGRESSIVE)
-        if marker == 0xE1 and data.startswith(b"Exif\0\0", at + 4):
-            orientation = _exif_orientation(data[at + 10 : at + 2 + length])
+        if marker == 0xE1 and exif is None and data.startswith(_EXIF, at + 4):
+            exif = data[at + 10 : at + 2 + length]
+        if marker == 0xE1 and data.startswith(_XMP, at + 4):
+            has_xmp_orientation = data.find(b"tiff:Orientation", at, at + 2 + length) >= 0
         at += 2 + length
+    else:
+        message = f"cannot decode the image: more than {MAX_MARKERS} markers before its first scan"
+        raise BadSample(message, CORRUPT)
     raise BadSample("cannot decode the image: a JPEG without a frame or a scan", CORRUPT)
 
 
-def _exif_orientation(tiff: bytes) -> int:
-    """Of the first directory; 1 where it is not said, or cannot be read."""
+def _exif_orientation(tiff: bytes) -> int | None:
+    """Of the first directory; None where it is not said, or cannot be read."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
-        return 1
+        return None
     try:
         (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
         (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
@@ -125,8 +149,8 @@ def _exif_orientation(tiff: bytes) -> int:
             if tag == _ORIENTATION:
                 return value if 1 <= value <= 8 else 1
     except struct.error:
-        return 1
-    return 1
+        return None
+    return None
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 BLOCK = 512
 MAX_NAME_BYTES = 1 << 16  # of PAX records and long names, which have to be held
+_MAX_DIGITS = 20  # of a number in a PAX record; Python refuses to read one of thousands
 _END_BLOCKS = 2
 _READ_BYTES = 1 << 20
 _ZEROS = bytes(BLOCK)
@@ -196,7 +197,8 @@ def _extended(kind: bytes, data: bytes, start: int) -> dict[str, str]:
     records = {}
     while data.strip(b"\0"):
         length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not len(length) + 2 < int(length) <= len(data):
+        is_number = length.isdigit() and len(length) <= _MAX_DIGITS
+        if not is_number or not len(length) + 2 < int(length) <= len(data):
             raise BrokenTar(f"a PAX record that cannot be read at byte {start}")
         key, equals, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         if not equals:
@@ -213,7 +215,7 @@ def _record_size(records: dict[str, str], size: int, start: int) -> int:
     if "size" not in records:
         return size
     text = records["size"]
-    if not text.isdecimal() or len(text) > 20:
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
         raise BrokenTar(f"a PAX record that cannot be read at byte {start}")
     return int(text)
 
