@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.memory import sampled_memory
+from vqrae_ds.config import DataConfig
 from vqrae_ds.data.index import INDEX_NAME, SAMPLES_NAME, ShardIndex, _samples, read_index
 from vqrae_ds.data.indexing import index_shards
+from vqrae_ds.data.opening import Reader, open_index
 from vqrae_ds.data.sample_table import IMAGE_EXTENSIONS, decode_samples, encode_samples
 from vqrae_ds.data.shard_writing import find_images, write_shards
 from vqrae_ds.data.tar_members import ForwardReader, read_members
@@ -219,6 +222,33 @@ def test_read_index_names_a_missing_or_resized_shard(shards: Path) -> None:
         read_index(shards)
 
 
+def test_a_shard_that_was_written_anew_to_its_size_is_a_warning(
+    shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, reader = shards / "1.tar", Reader(rank=0, world_size=1)
+    whole, times = path.read_bytes(), path.stat()
+    path.write_bytes(whole[::-1])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    for bad_samples in ("refuse", "skip"):
+        caplog.clear()
+        data = DataConfig(train=str(shards), bad_samples=bad_samples)
+        assert open_index(data.train, data, reader).num_samples == 20
+        first, second = (record.getMessage() for record in caplog.records)
+        assert first.startswith(f"{path} was copied or written anew since it was indexed")
+        assert f"make_shards.py --verify {shards}" in first
+        assert second == "1 of 2 shards have another time"
+    path.write_bytes(whole)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    caplog.clear()
+    open_index(data.train, data, reader)
+    payload = json.loads((shards / INDEX_NAME).read_text())
+    assert [shard.pop("mtime_ns") for shard in payload["shards"]][1] == times.st_mtime_ns
+    (shards / INDEX_NAME).write_text(json.dumps(payload))  # one from before there were times
+    os.utime(path, (1, 1))
+    assert open_index(data.train, data, reader).num_samples == 20
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -231,6 +261,7 @@ def test_read_index_names_a_missing_or_resized_shard(shards: Path) -> None:
         {"num_samples": "many"},
         {"size": "large"},
         {"left_out": 3},
+        {"mtime_ns": "noon"},
         {"unknown": 1},
     ],
 )

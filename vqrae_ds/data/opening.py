@@ -12,7 +12,7 @@ from vqrae_ds.config.patterns import expand_braces
 from vqrae_ds.data.crops import Augmentation
 from vqrae_ds.data.decode import Decoding
 from vqrae_ds.data.image_header import Limits
-from vqrae_ds.data.index import ShardIndex, merge, read_index, shard_faults
+from vqrae_ds.data.index import RETOUCHED_SHARD, ShardIndex, merge, read_index, shard_faults
 from vqrae_ds.data.loader import Batch
 from vqrae_ds.data.stream import EvaluationBatch, evaluation_batches, training_batches
 from vqrae_ds.data.streaming import Stream, streamed_batches
@@ -36,22 +36,28 @@ def open_index(pattern: str, data: DataConfig, reader: Reader) -> ShardIndex:
     """The index of all folders of a pattern, as one data set.
 
     Raises `ValueError` where an index is missing or damaged, and where a shard that this rank looks
-    at is not as it was indexed; with `data.bad_samples: skip` that is a warning.
+    at is not as it was indexed; with `data.bad_samples: skip` that is a warning. So is always one
+    that has the size but not the time that it had: a copy may have another.
     """
     folders = [Path(path) for path in expand_braces(pattern)]
     index = merge([read_index(folder, check_shards=False) for folder in folders])
     shards = index.shards
     if len(shards) > MANY_SHARDS:
         shards = shards[reader.rank :: reader.world_size]
-    faults = []
+    faults, retouched = [], []
     for fault in shard_faults(shards):
-        if data.bad_samples == "refuse":
+        if fault.kind == RETOUCHED_SHARD:
+            retouched.append(fault.message)
+        elif data.bad_samples == "refuse":
             raise ValueError(fault.message)
-        faults.append(fault)
-    for fault in faults[:_SHOWN_FAULTS]:
-        logger.warning("%s", fault.message)
+        else:
+            faults.append(fault.message)
+    for message in (*faults[:_SHOWN_FAULTS], *retouched[:1]):
+        logger.warning("%s", message)
     if faults:
         logger.warning("%d of %d shards are missing or changed", len(faults), len(shards))
+    if retouched:
+        logger.warning("%d of %d shards have another time", len(retouched), len(shards))
     return index
 
 
