@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from vqrae_ds.data.faults import MISSING_SHARD, RESIZED_SHARD, UNREADABLE
+from vqrae_ds.data.faults import MISSING_SHARD, RESIZED_SHARD, UNREADABLE, BadSample
 from vqrae_ds.data.sample_table import (
     IMAGE_EXTENSIONS,
     ShardSamples,
@@ -69,7 +69,7 @@ class Shard(NamedTuple):
         return self.folder / self.file
 
     def samples(self) -> ShardSamples:
-        """All samples of the shard. Raises `ValueError` where their table is damaged."""
+        """All samples. `BadSample` where their table cannot be read, `ValueError` if damaged."""
         return _samples(self.table, self.num_samples, self.size)
 
 
@@ -102,10 +102,15 @@ class ShardIndex:
     def num_samples(self) -> int:
         return int(self.starts[-1])
 
+    def digest(self) -> str:
+        """XXH3 of what decides which sample has which number: shards in their order, as indexed."""
+        listed = [[shard.file, shard.num_samples, shard.xxh3_128] for shard in self.shards]
+        return xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
+
     def sample(self, number: int) -> Sample:
         """Where image `number` lies, by bisection over shards.
 
-        Raises `IndexError` out of range, and `ValueError` where the table of its shard is damaged.
+        Raises `IndexError` out of range, and as `Shard.samples` does.
         """
         if not 0 <= number < self.num_samples:
             raise IndexError(f"sample {number} of a data set of {self.num_samples}")
@@ -116,7 +121,7 @@ class ShardIndex:
         return Sample(shard.path, table.keys[i], *place, shard.size)
 
     def samples_of(self, shard_number: int) -> ShardSamples:
-        """All samples of a shard. Raises `ValueError` where their table is damaged."""
+        """All samples of a shard. Raises as `Shard.samples` does."""
         return self.shards[shard_number].samples()
 
 
@@ -246,15 +251,27 @@ def _plain_name(file: str) -> str:
 def _samples(table: Table | bytes, num_samples: int, shard_size: int) -> ShardSamples:
     if isinstance(table, bytes):
         return decode_samples(table, num_samples)
-    with open(table.file, "rb") as file:
-        file.seek(table.offset)
-        data = file.read(table.length)
+    data = _read_table(table)
     if xxhash.xxh3_64_hexdigest(data) != table.xxh3_64:
         raise ValueError(f"{table.file} was altered or cut: {_rebuild(table.file.parent)}")
     samples = decode_samples(data, num_samples)
     if num_samples and int((samples.offsets + samples.lengths).max()) > shard_size:
         raise ValueError(f"{table.file} has a sample outside its shard of {shard_size} bytes")
     return samples
+
+
+def _read_table(table: Table) -> bytes:
+    """It is asked for twice: a file server may have moved on. Raises `BadSample`."""
+    for is_last in (False, True):
+        try:
+            with open(table.file, "rb") as file:
+                file.seek(table.offset)
+                return file.read(table.length)
+        except OSError as error:
+            if is_last:
+                message = f"the table of a shard's samples cannot be read: {table.file}: {error}"
+                raise BadSample(message, UNREADABLE) from error
+    raise AssertionError("the second attempt returns or raises")
 
 
 def _rebuild(folder: Path) -> str:
