@@ -237,7 +237,9 @@ def _open_indices(data: DataConfig, ranks: Ranks) -> _Indices:
     reader = Reader.of(ranks)
     with failing_together():
         training = None if data.streaming is not None else _open_training_index(data, reader)
-        validation = data.validation and open_index(data.validation, data, reader)
+        validation = data.validation and open_index(
+            data.validation, data, reader, setting="data.validation"
+        )
     return _Indices(training, validation)
 
 

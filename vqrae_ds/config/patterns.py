@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
 from braceexpand import UnbalancedBracesError, braceexpand
-
-if TYPE_CHECKING:
-    from vqrae_ds.config.schema import DataConfig
 
 MAX_PATHS = 1_000_000
 
@@ -25,15 +21,3 @@ def expand_braces(pattern: str) -> list[str]:
     if len(paths) > MAX_PATHS:
         raise ValueError(f"{pattern} means more than {MAX_PATHS} paths")
     return paths
-
-
-def data_folders(data: DataConfig) -> dict[str, str]:
-    """The folders with an index that a run reads, by what each of them is set by."""
-    patterns = {"data.train": data.train, "data.validation": data.validation}
-    if data.streaming is not None:
-        del patterns["data.train"]
-    found = {}
-    for name, pattern in patterns.items():
-        for number, path in enumerate(expand_braces(pattern) if pattern else []):
-            found[name if number == 0 else f"{name} ({number + 1})"] = path
-    return found

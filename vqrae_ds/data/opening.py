@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vqrae_ds.config import DataConfig
-from vqrae_ds.config.patterns import expand_braces
+from vqrae_ds.config.data_paths import expand_folders, expand_paths
 from vqrae_ds.data.crops import Augmentation
 from vqrae_ds.data.decode import Decoding
 from vqrae_ds.data.faults import Policy
@@ -45,14 +45,16 @@ class Reader(NamedTuple):
         return cls(ranks.data_rank, ranks.data_size, ranks.tensor_size > 1)
 
 
-def open_index(pattern: str, data: DataConfig, reader: Reader) -> ShardIndex:
-    """The index of all folders of a pattern, as one data set.
+def open_index(
+    named: str | Sequence[str], data: DataConfig, reader: Reader, *, setting: str = "data.train"
+) -> ShardIndex:
+    """The index of all folders that `setting` names, as one data set.
 
     Raises `ValueError` where an index is missing or damaged, and where a shard that this rank looks
     at is not as it was indexed; with `data.bad_samples: skip` that is a warning. So is always one
     that has the size but not the time that it had: a copy may have another.
     """
-    folders = [Path(path) for path in expand_braces(pattern)]
+    folders = [Path(path) for path in expand_folders(setting, named)]
     index = merge([read_index(folder, check_shards=False) for folder in folders])
     shards = index.shards
     if len(shards) > MANY_SHARDS:
@@ -119,7 +121,7 @@ def open_training(
     )
     if index is None:
         stream = Stream(
-            shards=expand_braces(data.train),
+            shards=expand_paths("data.train", data.train),
             image_size=image_size,
             micro_batch_size=micro_batch_size,
             world_size=reader.world_size,
