@@ -9,6 +9,7 @@ import random
 import shutil
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,20 +19,24 @@ import torch.distributed as dist
 from tests.bad_members import Fault, make_faults
 from tests.distributed import run_ranks
 from tests.memory import sampled_memory
+from vqrae_ds.data import reading
 from vqrae_ds.data.bad_data import FEWEST_SAMPLES, BadData
 from vqrae_ds.data.crops import Augmentation, centre_crop
 from vqrae_ds.data.decode import Decoding, decode_crop
-from vqrae_ds.data.faults import KINDS, BadSample, Skipped
+from vqrae_ds.data.failure import DataFailed, naming_rank
+from vqrae_ds.data.faults import KINDS, REFUSE, BadSample, Policy, Skipped
 from vqrae_ds.data.image_header import Limits
-from vqrae_ds.data.index import ShardIndex, read_index
+from vqrae_ds.data.index import SAMPLES_NAME, ShardIndex, _samples, merge, read_index
 from vqrae_ds.data.indexing import index_shards
 from vqrae_ds.data.loader import Batch
 from vqrae_ds.data.order import SampleOrder
+from vqrae_ds.data.reading import read_sample
 from vqrae_ds.data.shard_writing import find_images
 from vqrae_ds.data.stream import evaluation_batches, training_batches
 
 PHOTOS = Path(__file__).parent / "data" / "photos"
 LIMITS = Limits(num_bytes=2 << 20, pixels=20_000_000)
+SKIP = Policy(skip=True)
 MOST_MEMORY = 300 << 20  # of one image within these limits, and of the libraries' first use
 
 
@@ -60,7 +65,7 @@ def read(index: ShardIndex, num_batches: int, **changes: object) -> list[Batch]:
     settings = dict(
         image_size=24, micro_batch_size=3, rank=0, world_size=1, seed=0, start=0, num_workers=0
     )
-    settings |= dict(decoding=Decoding(limits=LIMITS), skip_bad=True)
+    settings |= dict(decoding=Decoding(limits=LIMITS), policy=SKIP)
     batches = training_batches(
         index, augmentation=Augmentation(0.3, 1.0, horizontal_flip=True), **settings | changes
     )
@@ -151,11 +156,114 @@ def test_shards_that_go_or_change_after_indexing_are_counted(tmp_path: Path, fau
     found = Counter(skipped.kind for batch in batches for skipped in batch.skipped)
     assert found == {"missing_shard": 3, "resized_shard": 6}
     with pytest.raises(BadSample, match="sample .*the shard"):
-        read(index, index.num_samples // 3, skip_bad=False)
+        read(index, index.num_samples // 3, policy=REFUSE)
     evaluated = list(
-        evaluation_batches(index, image_size=24, batch_size=3, rank=0, world_size=1, skip_bad=True)
+        evaluation_batches(index, image_size=24, batch_size=3, rank=0, world_size=1, policy=SKIP)
     )
     assert sum(int(batch.is_real_B.sum()) for batch in evaluated) == index.num_samples - 9
+
+
+def test_ranks_that_read_the_same_samples_do_not_pass_over_what_one_of_them_lacks(
+    tmp_path: Path, faults
+) -> None:
+    twins = dict(policy=Policy(skip=True, has_twins=True), micro_batch_size=1, rank=0, world_size=1)
+    bad = [fault for fault in faults[1] if fault.kind == "corrupt"][:1]
+    sound = [fault for fault in faults[1] if fault.kind is None][:3]
+    index = write_shards_with(tmp_path / "shards", [*bad, *sound])
+    batches = read(index, index.num_samples, **twins)
+    kinds = [skipped.kind for batch in batches for skipped in batch.skipped]
+    assert kinds == ["corrupt"], "that one is bad for all of them"
+    for path, damage in zip(
+        [shard.path for shard in index.shards[1:]],
+        (Path.unlink, lambda path: os.truncate(path, 2000), into_folder),
+        strict=True,
+    ):
+        whole = path.read_bytes()
+        damage(path)
+        reading._open.cache_clear()  # what is open goes on to have the bytes
+        with pytest.raises(BadSample, match=rf"{path.name}, sample .*: the shard"):
+            read(index, index.num_samples, **twins)
+        with pytest.raises(BadSample, match=rf"{path.name}, sample .*: the shard"):
+            evaluation = dict(image_size=8, batch_size=1, rank=0, world_size=1)
+            list(evaluation_batches(index, **evaluation, policy=twins["policy"]))
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(whole)
+
+
+def into_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def test_a_descriptor_that_is_stale_costs_no_sample(tmp_path: Path, faults) -> None:
+    """One that leads to a folder gives the error of a read, and the file has another one."""
+    index = write_shards_with(tmp_path / "shards", [f for f in faults[1] if f.kind is None][:2])
+    sample = index.sample(0)
+    data = read_sample(sample, LIMITS.num_bytes)
+    stale = os.open(tmp_path, os.O_RDONLY)
+    os.dup2(stale, reading._open(sample.shard).descriptor)
+    os.close(stale)
+    assert read_sample(sample, LIMITS.num_bytes) == data
+    replaced = tmp_path / "replaced.tar"  # the open descriptor has a file that is no more
+    shutil.copy(sample.shard, replaced)
+    os.truncate(sample.shard, 600)
+    reading._open.cache_clear()
+    with pytest.raises(BadSample, match="the shard has 600 bytes"):
+        read_sample(sample, LIMITS.num_bytes)
+    replaced.rename(sample.shard)
+    assert read_sample(sample, LIMITS.num_bytes) == data
+
+
+class Moving(type(Path())):
+    """A path that leads nowhere when it is first used: the file server has moved on."""
+
+    uses = 0
+
+    def __fspath__(self) -> str:
+        Moving.uses += 1
+        return super().__fspath__() + ".gone" * (Moving.uses == 1)
+
+
+def test_a_table_of_samples_that_cannot_be_read_is_under_the_policy(tmp_path: Path, faults) -> None:
+    sound = [fault for fault in faults[1] if fault.kind is None][:4]
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        write_shards_with(folder, sound)
+    index = merge([read_index(folder) for folder in folders])
+    moved = [s._replace(table=s.table._replace(file=Moving(s.table.file))) for s in index.shards]
+    _samples.cache_clear()
+    assert ShardIndex(moved).sample(0) == index.sample(0) and Moving.uses >= 2
+
+    (folders[1] / SAMPLES_NAME).rename(tmp_path / "kept")
+    for cause in (None, Path.mkdir):
+        if cause is not None:
+            cause(folders[1] / SAMPLES_NAME)
+        _samples.cache_clear()
+        batches = read(index, 8)
+        skipped = [s for batch in batches for s in batch.skipped]
+        assert {s.kind for s in skipped} == {"unreadable"}
+        assert all(str(folders[1] / SAMPLES_NAME) in s.message for s in skipped)
+        evaluation = dict(image_size=24, batch_size=4, rank=0, world_size=1)
+        evaluated = list(evaluation_batches(index, **evaluation, policy=SKIP))
+        assert sum(int(batch.is_real_B.sum()) for batch in evaluated) == index.num_samples // 2
+        with pytest.raises(DataFailed, match=r"rank 5: the table of .* cannot be read: .*index"):
+            list(naming_rank(5, iter_with_refusal(index)))
+
+
+def iter_with_refusal(index: ShardIndex) -> Iterator[Batch]:
+    settings = dict(image_size=24, micro_batch_size=1, rank=0, world_size=1, seed=0, start=0)
+    augmentation = Augmentation(0.3, 1.0, horizontal_flip=True)
+    return training_batches(index, **settings, num_workers=0, augmentation=augmentation)
+
+
+def test_an_error_of_the_system_names_the_rank() -> None:
+    def reading_a_device() -> Iterator[bytes]:
+        with open("/proc/self/mem", "rb") as file:
+            yield file.read(1)
+
+    with pytest.raises(DataFailed, match="rank 3: .*Input/output error"):
+        list(naming_rank(3, reading_a_device()))
 
 
 def test_a_row_of_nothing_but_bad_samples_is_no_endless_search(tmp_path: Path, faults) -> None:
@@ -209,7 +317,7 @@ def read_all(index: ShardIndex, seed: int) -> list[Batch]:
     order, batches = SampleOrder(index.samples_per_shard, seed=seed), []
     for position in range(index.num_samples):
         with pytest.raises(BadSample) as refused:
-            read(index, 1, micro_batch_size=1, start=position, seed=seed, skip_bad=False)
+            read(index, 1, micro_batch_size=1, start=position, seed=seed, policy=REFUSE)
         key = index.sample(order.sample_at(position).sample).key
         batches.append(Batch(torch.empty(0), [key], [Skipped(refused.value.kind, key)]))
     return batches

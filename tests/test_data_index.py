@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -13,8 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.memory import sampled_memory
-from vqrae_ds.data.index import INDEX_NAME, SAMPLES_NAME, ShardIndex, _samples, read_index
+from vqrae_ds.config import DataConfig
+from vqrae_ds.data.index import (
+    INDEX_NAME,
+    SAMPLES_NAME,
+    ShardIndex,
+    _samples,
+    merge,
+    read_index,
+)
 from vqrae_ds.data.indexing import index_shards
+from vqrae_ds.data.opening import Reader, check_same_data, open_index
 from vqrae_ds.data.sample_table import IMAGE_EXTENSIONS, decode_samples, encode_samples
 from vqrae_ds.data.shard_writing import find_images, write_shards
 from vqrae_ds.data.tar_members import ForwardReader, read_members
@@ -219,6 +229,55 @@ def test_read_index_names_a_missing_or_resized_shard(shards: Path) -> None:
         read_index(shards)
 
 
+def test_a_shard_that_was_written_anew_to_its_size_is_a_warning(
+    shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, reader = shards / "1.tar", Reader(rank=0, world_size=1)
+    whole, times = path.read_bytes(), path.stat()
+    path.write_bytes(whole[::-1])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    for bad_samples in ("refuse", "skip"):
+        caplog.clear()
+        data = DataConfig(train=str(shards), bad_samples=bad_samples)
+        assert open_index(data.train, data, reader).num_samples == 20
+        first, second = (record.getMessage() for record in caplog.records)
+        assert first.startswith(f"{path} was copied or written anew since it was indexed")
+        assert f"make_shards.py --verify {shards}" in first
+        assert second == "1 of 2 shards have another time"
+    path.write_bytes(whole)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    caplog.clear()
+    open_index(data.train, data, reader)
+    payload = json.loads((shards / INDEX_NAME).read_text())
+    assert [shard.pop("mtime_ns") for shard in payload["shards"]][1] == times.st_mtime_ns
+    (shards / INDEX_NAME).write_text(json.dumps(payload))  # one from before there were times
+    os.utime(path, (1, 1))
+    assert open_index(data.train, data, reader).num_samples == 20
+    assert not caplog.records
+
+
+def test_a_run_goes_on_with_the_shards_that_it_went_through(tmp_path: Path) -> None:
+    def made(folder: str, samples_per_shard: int) -> ShardIndex:
+        photos = find_images(PHOTOS / "val")
+        write_shards(photos, tmp_path / folder, samples_per_shard=samples_per_shard, root=PHOTOS)
+        return read_index(tmp_path / folder)
+
+    index, others = made("a", 3), made("b", 2)
+    saved = {"num_samples": index.num_samples, "data_digest": index.digest()}
+    assert index.num_samples == others.num_samples == 8
+    check_same_data(index, saved)
+    check_same_data(made("elsewhere", 3), saved)
+    check_same_data(others, {"num_samples": 8})  # of a checkpoint that has no more
+    check_same_data(others, {})
+    reordered = ShardIndex(index.shards[::-1])
+    altered = ShardIndex([index.shards[0]._replace(xxh3_128="0"), *index.shards[1:]])
+    for wrong in (others, reordered, altered):
+        with pytest.raises(ValueError, match="the 8 samples of the set .* in other shards, or in"):
+            check_same_data(wrong, saved)
+    with pytest.raises(ValueError, match="data.train has 16 samples, .* a set of 8"):
+        check_same_data(merge([index, others]), saved)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -231,6 +290,7 @@ def test_read_index_names_a_missing_or_resized_shard(shards: Path) -> None:
         {"num_samples": "many"},
         {"size": "large"},
         {"left_out": 3},
+        {"mtime_ns": "noon"},
         {"unknown": 1},
     ],
 )

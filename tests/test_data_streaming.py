@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
+import pickle
+import tarfile
+import time
 from collections import Counter
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
+from fsspec.registry import _registry
+from fsspec.spec import AbstractFileSystem
 
 from tests.bad_members import make_faults
-from tests.test_data_bad import LIMITS, write_shards_with
+from tests.test_data_bad import LIMITS, PHOTOS, SKIP, write_shards_with
 from vqrae_ds.data import streaming
 from vqrae_ds.data.crops import Augmentation
 from vqrae_ds.data.decode import Decoding
-from vqrae_ds.data.faults import BadSample
+from vqrae_ds.data.faults import REFUSE, BadSample, Policy
 from vqrae_ds.data.loader import Batch
-from vqrae_ds.data.streaming import Stream, check_url, streamed_batches
+from vqrae_ds.data.remote import check_url
+from vqrae_ds.data.shard_writing import find_images
+from vqrae_ds.data.streaming import Stream, streamed_batches
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +43,7 @@ def shards_of(folder: Path) -> list[str]:
 
 def read(shards: list[str], num_batches: int, rank: int = 0, **changes: object) -> list[Batch]:
     settings = dict(image_size=16, micro_batch_size=4, world_size=2, seed=0, start=0)
-    settings |= dict(shuffle_samples=8, decoding=Decoding(limits=LIMITS), skip_bad=True)
+    settings |= dict(shuffle_samples=8, decoding=Decoding(limits=LIMITS), policy=SKIP)
     workers = {"num_workers": changes.pop("num_workers", 0), "prefetch_batches": 2}
     augmentation = Augmentation(0.5, 1.0, horizontal_flip=True)
     stream = Stream(shards, augmentation=augmentation, **settings | changes)
@@ -99,9 +108,127 @@ def test_faults_are_counted_and_what_is_cut_is_noticed(tmp_path: Path) -> None:
     assert set(found) - {"empty"} == expected | {"cut_shard", "damaged_shard", "missing_shard"}
     assert not payload.exists()
     with pytest.raises(BadSample, match="00002.tar: the shard cannot be read"):
-        read([shards[2]], 1, skip_bad=False)
+        read([shards[2]], 1, policy=REFUSE)
     with pytest.raises(BadSample, match="32 shards in a row gave no sample; the last: .*00001.tar"):
         read([shards[1]], 1)
+
+
+def write_bad(path: Path, num_bad: int, *, sound: bool) -> str:
+    """A shard of empty images, and a photograph behind them."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(num_bad):
+            tar.addfile(tarfile.TarInfo(f"{number:05d}.jpg"))
+        if sound:
+            data = find_images(PHOTOS / "val")[0].read_bytes()
+            member = tarfile.TarInfo("sound.webp")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.mark.timeout(120)
+def test_a_row_of_nothing_but_bad_images_comes_to_an_end(tmp_path: Path) -> None:
+    shard = write_bad(tmp_path / "0.tar", 3000, sound=False)
+    with pytest.raises(BadSample, match="10000 samples in a row cannot be used; the last: .*0.tar"):
+        read([shard], 1)
+
+
+def test_of_many_faults_a_few_are_told_and_all_are_counted(tmp_path: Path) -> None:
+    shard = write_bad(tmp_path / "0.tar", 500, sound=True)
+    (batch,) = read([shard], 1, shuffle_samples=1)
+    assert batch.keys == ["sound"] * 4
+    assert Counter(skipped.kind for skipped in batch.skipped) == {"empty": 4 * 500}
+    told = [message for _, message in batch.skipped if message]
+    assert len(told) == 4 * 3 and all("0.tar, sample '" in message for message in told)
+    assert len(pickle.dumps(batch.skipped)) < 20_000, "what a loader process sends"
+
+
+class ServerError(Exception):
+    """As a client of a store has it: no `OSError`."""
+
+
+class Store(AbstractFileSystem):
+    """A bucket that is a folder, behind a server that fails at given requests."""
+
+    cachable = False
+    folder: Path
+    broken: frozenset[int]  # numbers of requests, from 0
+    times: list[float]
+
+    def _open(self, path: str, mode: str = "rb", **_: object) -> BinaryIO:
+        return _Request((self.folder / path.removeprefix("s3://").partition("/")[2]).open(mode))
+
+
+class _Request:
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._answer()
+
+    def read(self, count: int) -> bytes:
+        self._answer()
+        return self._file.read(count)
+
+    def _answer(self) -> None:
+        number = len(Store.times)
+        Store.times.append(time.monotonic())
+        if number in Store.broken:
+            raise ServerError("500")
+
+    def close(self) -> None:
+        self._file.close()
+        raise ServerError("closed already")
+
+
+@pytest.fixture
+def bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setitem(_registry, "s3", Store)
+    monkeypatch.setattr(Store, "folder", folder, raising=False)
+    monkeypatch.setattr(Store, "broken", frozenset(), raising=False)
+    monkeypatch.setattr(Store, "times", [], raising=False)
+    return [f"s3://bucket/{Path(path).name}" for path in shards_of(folder)]
+
+
+def test_a_store_that_fails_for_a_while_is_waited_for(
+    bucket: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read(bucket, 3)
+    assert not any(batch.skipped for batch in whole)
+    Store.times.clear()
+    monkeypatch.setattr(Store, "broken", frozenset({0, 1, 3, 4}))  # 2 opens, 3 is its first read
+    batches = read(bucket, 3)
+    assert all(len(batch.keys) == 4 for batch in batches)
+    found = [skipped for batch in batches for skipped in batch.skipped]
+    assert [kind for kind, _ in found] == ["unreadable"] * 4
+    assert "s3://bucket/" in found[0].message and "ServerError: 500" in found[0].message
+    first, second, opened, reading, third, last, *_ = Store.times
+    assert reading == Store.times[3] and opened < reading
+    gaps = [second - first, opened - second, third - reading, last - third]
+    assert all(gap >= 0.1 * 2**n for n, gap in enumerate(gaps)), gaps
+    with pytest.raises(BadSample, match=r"s3://bucket/.*ServerError: 500"):
+        monkeypatch.setattr(Store, "broken", frozenset(range(len(Store.times), 1 << 20)))
+        read(bucket, 1, policy=REFUSE)
+
+
+def test_a_store_that_stays_away_ends_the_run(
+    bucket: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "broken", frozenset(range(1 << 10)))
+    monkeypatch.setattr(streaming, "LONGEST_PAUSE", 0.001)
+    with pytest.raises(BadSample, match="32 shards in a row gave no sample; the last: s3://bucket"):
+        read(bucket, 1)
+    assert len(Store.times) == 32
+
+
+def test_ranks_that_read_the_same_shards_do_not_pass_over_what_one_of_them_lacks(
+    folder: Path, tmp_path: Path
+) -> None:
+    gone = str(tmp_path / "gone.tar")
+    twin = Policy(skip=True, has_twins=True)
+    with pytest.raises(BadSample, match="gone.tar: the shard cannot be read"):
+        read([gone], 1, policy=twin)
+    shard = write_bad(tmp_path / "0.tar", 5, sound=True)
+    (batch,) = read([shard], 1, policy=twin, shuffle_samples=1)
+    assert len(batch.skipped) == 20, "what is bad for all of them is skipped"
 
 
 def test_what_is_held_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

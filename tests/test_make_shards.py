@@ -14,6 +14,7 @@ from tests.conftest import run_python
 from vqrae_ds.command_line import run_tool
 from vqrae_ds.data import shard_writing
 from vqrae_ds.data.index import INDEX_NAME, SAMPLES_NAME, ShardIndex, read_index
+from vqrae_ds.data.indexing import index_shards
 from vqrae_ds.data.shard_writing import find_images, write_shards
 from vqrae_ds.manifest import hash_file
 
@@ -59,8 +60,11 @@ def test_written_shards_are_webdataset_shards(tmp_path: Path) -> None:
 
 def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
     photos = find_images(PHOTOS / "val")
-    write_shards(photos, tmp_path / "a", samples_per_shard=3, root=PHOTOS)
-    write_shards(photos[::-1], tmp_path / "b", samples_per_shard=3, root=PHOTOS)
+    for name, images in (("a", photos), ("b", photos[::-1])):
+        write_shards(images, tmp_path / name, samples_per_shard=3, root=PHOTOS)
+        for shard in (tmp_path / name).glob("*.tar"):
+            os.utime(shard, (1, 1))  # the index keeps it
+        index_shards(tmp_path / name)
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert names == ["000000.tar", "000001.tar", "000002.tar", INDEX_NAME, SAMPLES_NAME]
     for name in names:
@@ -155,6 +159,35 @@ def test_images_to_shards_and_index_again(tmp_path: Path) -> None:
     assert index.read_bytes() == written
 
 
+def test_verify_names_what_is_not_as_it_was_indexed(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    write_shards(find_images(PHOTOS / "val"), folder, samples_per_shard=2, root=PHOTOS)
+    sound = make_shards("--verify", folder, "--processes", "2")
+    assert (sound.returncode, sound.stderr) == (0, "")
+    assert "every shard is what was indexed" in sound.stdout
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    altered, gone = folder / "000001.tar", folder / "000002.tar"
+    data = bytearray(before[altered])
+    data[5000] ^= 1
+    altered.write_bytes(data)
+    os.utime(altered, ns=(1, altered.stat().st_mtime_ns))
+    gone.unlink()
+    found = make_shards("--verify", folder, "--processes", "2")
+    assert (found.returncode, found.stderr) == (1, "")
+    first, second = found.stdout.splitlines()
+    assert first.startswith(f"{altered} has {len(data)} bytes, xxh3 ") and "the index says" in first
+    assert str(gone) in second
+    altered.write_bytes(before[altered])
+    gone.write_bytes(before[gone])
+    assert make_shards("--verify", folder).returncode == 0, "times are no fault"
+    tables = bytearray(before[folder / SAMPLES_NAME])
+    tables[-1] ^= 1
+    (folder / SAMPLES_NAME).write_bytes(tables)
+    of_table = make_shards("--verify", folder)
+    assert of_table.returncode == 1 and of_table.stdout.count("\n") == 1
+    assert "000003.tar: " in of_table.stdout and "was altered or cut" in of_table.stdout
+
+
 def test_help_shows_an_example() -> None:
     shown = make_shards("--help")
     assert shown.returncode == 0
@@ -176,6 +209,10 @@ def test_help_shows_an_example() -> None:
         (["--index-only", "empty"], "empty has no shard with images"),
         (["--index-only", "full"], "0.tar is not a sound shard"),
         (["--index-only", "photos", "full"], "--index-only takes OUT alone"),
+        (["--verify", "photos", "full"], "--verify takes OUT alone"),
+        (["--verify", "full"], "full has no index.json"),
+        (["--verify", "--skip-bad", "full"], "--skip-bad and --part are for --index-only"),
+        (["photos", "out", "--processes", "2"], "--processes is for --index-only and --verify"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(

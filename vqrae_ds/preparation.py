@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vqrae_ds.data.index import ShardIndex
     from vqrae_ds.data.loader import Batch
     from vqrae_ds.data.opening import Reader
+    from vqrae_ds.data.twins import Twins
     from vqrae_ds.engines import DeepSpeedEngine, Ranks
     from vqrae_ds.guard import Guard
     from vqrae_ds.losses.objective import Objective
@@ -50,17 +51,33 @@ class Setup(NamedTuple):
     validation_index: ShardIndex | None
     state: TrainState
     pretrained: FileRecord | None = None  # the run's file of frozen pretrained weights
+    data_digest: str = ""  # of the shards of the training data; empty where they are streamed
+    twins: Twins | None = None  # None where no other rank sees the same images
 
     def must_stop(self) -> bool:
         """Whether too many steps were skipped in a row, or too many samples; on all ranks alike."""
         return self.guard.must_stop() or self.bad_data.must_stop()
 
+    def equalize(self) -> float:
+        """See `replicas.equalize`. Raises `DataFailed` where the group has seen other images."""
+        from vqrae_ds.sharding import replicas
+
+        if self.twins is not None:
+            self.twins.check()
+        return replicas.equalize(self.generator)
+
     def extra(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the engines, for `prepare`; all ranks call it."""
+        """What a checkpoint keeps beside the engines, for `prepare`; all ranks call it.
+
+        Raises `DataFailed` where there must be no checkpoint, as `equalize` does.
+        """
+        if self.twins is not None:
+            self.twins.check()
         return {
             "guard": self.guard.state(),
             "bad_data": self.bad_data.agree(),
             "num_samples": self.num_samples,
+            "data_digest": self.data_digest,
         }
 
 
@@ -74,6 +91,7 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     # Imported here, so that a mistake in the configuration does not wait for torch.
     from vqrae_ds import checkpoint, engines
     from vqrae_ds.data.bad_data import BadData
+    from vqrae_ds.data.twins import Twins
     from vqrae_ds.guard import Guard
     from vqrae_ds.ranks import failing_together
     from vqrae_ds.sharding.ema import WeightAverage
@@ -104,6 +122,10 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     stop = StopVote(stop_request or stop_request_of(run), ranks.rank, ranks.device)
     objective, perceptual = _objective(run, ranks, discriminator, stop)
     sees_its_own = ranks.rank % tensor_size == 0
+    batches, twins = _training_batches(run, ranks, index, start=start.state.samples), None
+    if generator.mpu is not None:
+        twins = Twins(generator.mpu.get_model_parallel_group(), ranks.device)
+        batches = twins.noting(batches)
     return Setup(
         ranks,
         generator,
@@ -114,11 +136,13 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
         BadData(config.data.max_bad_share, start.extra.get("bad_data"), sees_its_own=sees_its_own),
         stop,
         ema,
-        _training_batches(run, ranks, index, start=start.state.samples),
-        _num_samples(index),
+        batches,
+        0 if index is None else index.num_samples,  # nobody knows it of shards that are streamed
         validation_index,
         start.state,
         start.pretrained,
+        "" if index is None else index.digest(),
+        twins,
     )
 
 
@@ -166,12 +190,14 @@ def _resume(
 ) -> _Start:
     """Go on from a checkpoint."""
     from vqrae_ds import checkpoint
+    from vqrae_ds.data.opening import check_same_data
 
     watchdog.begin(f"the loading of {folder}")
     seed = run.config.run.seed
     start = _Start(*checkpoint.resume(folder, generator, discriminator, ema, seed=seed))
     set_learning_rates(generator, discriminator, run.config.losses, start.state.step)
-    _check_same_data(start.extra, _num_samples(index), run.config.data.train)
+    if index is not None:
+        check_same_data(index, start.extra)
     if start.pretrained is not None:
         return start
     return start._replace(pretrained=_write_pretrained(run, generator))
@@ -208,10 +234,12 @@ def _open_indices(data: DataConfig, ranks: Ranks) -> _Indices:
     from vqrae_ds.data.opening import Reader, open_index
     from vqrae_ds.ranks import failing_together
 
-    reader = Reader(ranks.data_rank, ranks.data_size)
+    reader = Reader.of(ranks)
     with failing_together():
         training = None if data.streaming is not None else _open_training_index(data, reader)
-        validation = data.validation and open_index(data.validation, data, reader)
+        validation = data.validation and open_index(
+            data.validation, data, reader, setting="data.validation"
+        )
     return _Indices(training, validation)
 
 
@@ -225,21 +253,6 @@ def _open_training_index(data: DataConfig, reader: Reader) -> ShardIndex:
             *(data.samples_per_epoch, data.train, index.num_samples),
         )
     return index
-
-
-def _num_samples(index: ShardIndex | None) -> int:
-    """Of the training data; 0 for shards that are streamed, where nobody knows."""
-    return 0 if index is None else index.num_samples
-
-
-def _check_same_data(extra: dict[str, Any], num_samples: int, path: str) -> None:
-    """A place in the stream means nothing in another data set."""
-    before = extra.get("num_samples", num_samples)
-    if before != num_samples:
-        raise ValueError(
-            f"data.train: {path} has {num_samples} samples, and the run went through a set "
-            f"of {before}: give that one, or start a new run with init.from_run"
-        )
 
 
 def _objective(
@@ -275,7 +288,7 @@ def _training_batches(
     return open_training(
         run.config.data,
         index,
-        Reader(ranks.data_rank, ranks.data_size),
+        Reader.of(ranks),
         image_size=run.config.model.image_size,
         micro_batch_size=run.schedule.batch.micro_batch,
         seed=run.config.run.seed,

@@ -99,7 +99,6 @@ def train(run: Run, setup: Setup) -> None:
     from vqrae_ds import engines
     from vqrae_ds.checkpoint import Saver
     from vqrae_ds.monitoring.profiler import StepProfiler
-    from vqrae_ds.sharding import replicas
     from vqrae_ds.sharding.parameter_groups import learning_rates
 
     config, (sizes, total_steps) = run.config, run.schedule
@@ -132,8 +131,7 @@ def train(run: Run, setup: Setup) -> None:
                 monitor.add_gradients(squares)
             if is_logged or is_last:  # why a run ends is in its last steps
                 rates = learning_rates(setup.generator, setup.discriminator)
-                difference = replicas.equalize(setup.generator)
-                numbers, largest = _numbers(setup, saver, difference), guard.largest()
+                numbers, largest = _numbers(setup, saver, setup.equalize()), guard.largest()
                 guard.learn(monitor.log(state.step, state.samples, rates, numbers, largest))
                 is_last = is_last or setup.must_stop()  # the counts of bad samples have come
             with monitor.paused():
@@ -221,7 +219,7 @@ def _validate(run: Run, setup: Setup, monitor: Monitor, step: int) -> None:
     batches = open_evaluation(
         setup.validation_index,
         run.config.data,
-        Reader(setup.ranks.data_rank, setup.ranks.data_size),
+        Reader.of(setup.ranks),
         image_size=run.config.model.image_size,
         batch_size=run.schedule.batch.micro_batch,
     )

@@ -131,6 +131,19 @@ def test_a_killed_training_sees_the_samples_of_an_uninterrupted_one(tmp_path: Pa
     for folder in (straight, killed, fewer):
         assert read_metrics(folder / "run")[-1]["data/corrupt"] == len(left_out)
 
+    shutil.rmtree(tmp_path / "shards_a")  # the same images once more, in other shards
+    source = tmp_path / "photos_a"
+    write_shards(find_images(source), tmp_path / "shards_a", samples_per_shard=6, root=source)
+    run_ranks(1, refuse_other_shards, fewer)
+
+
+def refuse_other_shards(rank: int, folder: Path) -> None:
+    from vqrae_ds.preparation import prepare
+
+    run = make_run(folder / f"rank{rank}", 1, **settings(folder, 1))
+    with pytest.raises(ValueError, match="has the 39 samples of the set that the run went through"):
+        prepare(run)
+
 
 def place_of_all(tmp_path: Path, position: int) -> str:
     """The key at a position of the stream, from the indexes and the order alone."""

@@ -10,13 +10,27 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _one_or_several(value: Any) -> Any:
+    """Said here, as pydantic would list what is wrong with each of the alternatives."""
+    if value == "":
+        raise PydanticKnownError("string_too_short", {"min_length": 1})
+    texts = value if isinstance(value, list) else [value]
+    if not (texts and all(isinstance(text, str) and text for text in texts)):
+        raise PydanticCustomError("texts_type", "text, or a list of texts")
+    return value
+
+
+Texts = Annotated[str | list[str], BeforeValidator(_one_or_several)]
 
 SIMILAR, EQUAL = 0.75, 1.0  # cutoffs of difflib: 0.75 finds a typo or two and a missing word
 SYNONYMS = {  # words of other trainers, too far from ours to be found by their letters
@@ -34,6 +48,7 @@ REQUIREMENTS = {
     "bool_type": "true or false",
     "string_type": "text",
     "string_too_short": "text that is not empty",
+    "texts_type": "text, or a list of texts that are not empty",
     "list_type": "a list",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",

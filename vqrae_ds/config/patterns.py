@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import TYPE_CHECKING
 
 from braceexpand import UnbalancedBracesError, braceexpand
-
-if TYPE_CHECKING:
-    from vqrae_ds.config.schema import DataConfig
 
 MAX_PATHS = 1_000_000
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
@@ -38,15 +34,3 @@ def _width(first: str, last: str, step: str | None) -> int:
     if max(len(first), len(last), len(step or "")) > _MAX_DIGITS:
         return MAX_PATHS + 1
     return abs(int(last) - int(first)) // (int(step or 1) or 1) + 1
-
-
-def data_folders(data: DataConfig) -> dict[str, str]:
-    """The folders with an index that a run reads, by what each of them is set by."""
-    patterns = {"data.train": data.train, "data.validation": data.validation}
-    if data.streaming is not None:
-        del patterns["data.train"]
-    found = {}
-    for name, pattern in patterns.items():
-        for number, path in enumerate(expand_braces(pattern) if pattern else []):
-            found[name if number == 0 else f"{name} ({number + 1})"] = path
-    return found

@@ -17,10 +17,10 @@ import yaml
 from vqrae_ds.config import deepspeed_json
 from vqrae_ds.config.checking import check, key_names, list_keys, nearest_name, show
 from vqrae_ds.config.cross_checks import check_together
+from vqrae_ds.config.data_paths import data_folders
 from vqrae_ds.config.files import BASE, Recipe, parse_value, read_json, read_recipe
 from vqrae_ds.config.losses import LossConfig
 from vqrae_ds.config.model import ModelConfig, resolve_model
-from vqrae_ds.config.patterns import data_folders
 from vqrae_ds.config.schema import TrainConfig
 from vqrae_ds.manifest import find_step_folder
 

@@ -16,6 +16,7 @@ from vqrae_ds.config.checking import (
     PositiveNumber,
     Section,
     Text,
+    Texts,
     Weight,
     show,
 )
@@ -72,15 +73,19 @@ class StreamingConfig(Section):
 class DataConfig(Section):
     """Folders of tar shards with an index, as tools/make_shards.py writes them.
 
-    Several are one data set: `data/part_{00..31}`, or `data/{some,others}`.
+    Several are one data set: `data/part_{00..31}`, `[data/some, data/others]`, or `folders.txt`, a
+    file with a path a line (`config/data_paths.py`). None may be named twice.
 
     With `bad_samples: refuse` a sample that cannot be used ends the run with its shard and key.
     With `skip` another one stands in for it; it is counted by its kind, and the run ends where the
-    share of such samples among the last ones is above `max_bad_share`.
+    share of such samples among the last ones is above `max_bad_share`. Of shards that are streamed,
+    it is their number to that of the good ones, and what is lost of a shard that is cut counts as
+    one. Ranks of a tensor-parallel group skip nothing that one of them alone may lack: a shard that
+    is missing, resized or unreadable ends the run there.
     """
 
-    train: Text
-    validation: Text | None = None
+    train: Texts
+    validation: Texts | None = None
     streaming: StreamingConfig | None = None  # then `train` names shards
     samples_per_epoch: Positive | None = None  # needed where the length is given in epochs
     num_workers: NotNegative = 4  # loader processes a rank

@@ -18,7 +18,7 @@ def naming_rank(rank: int, batches: Iterator[T]) -> Iterator[T]:
     """`batches`. Raises `DataFailed` where one of them cannot be read."""
     try:
         yield from batches
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, OSError) as error:
         raise DataFailed(f"rank {rank}: {in_one_line(error)}") from error
 
 

@@ -31,6 +31,10 @@ KINDS = (
 )
 
 
+# Faults that one reader may meet and another not: a file server answers each by itself.
+OF_THE_READER = frozenset({MISSING_SHARD, RESIZED_SHARD, UNREADABLE})
+
+
 class BadSample(ValueError):
     """A sample that cannot be used; the message says why, `kind` is one of `KINDS`."""
 
@@ -38,6 +42,23 @@ class BadSample(ValueError):
         super().__init__(message)
         assert kind in KINDS, kind
         self.kind = kind
+
+
+class Policy(NamedTuple):
+    """What becomes of a sample that cannot be used: the run ends, or another one stands in.
+
+    Where other ranks read the same samples, each for itself (`has_twins`), none may stand in for
+    what one of them alone may lack: they would train on different images.
+    """
+
+    skip: bool = False
+    has_twins: bool = False
+
+    def skips(self, kind: str) -> bool:
+        return self.skip and not (self.has_twins and kind in OF_THE_READER)
+
+
+REFUSE = Policy()
 
 
 class Skipped(NamedTuple):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from vqrae_ds.data.faults import MISSING_SHARD, RESIZED_SHARD, UNREADABLE, BadSample
 from vqrae_ds.data.sample_table import (
     IMAGE_EXTENSIONS,
     ShardSamples,
@@ -29,6 +30,7 @@ INDEX_NAME, SAMPLES_NAME = "index.json", "index.samples"
 FORMAT_VERSION = 2
 _COLUMNS_IN_JSON = 1  # the version before: one file, right for millions of images
 _TABLES_KEPT = 8
+RETOUCHED_SHARD = "retouched_shard"  # written or copied since, to the size that it had
 
 
 class Sample(NamedTuple):
@@ -60,16 +62,21 @@ class Shard(NamedTuple):
     num_samples: int
     table: Table | bytes  # where it lies, or the table itself
     left_out: dict[str, int]  # members that were passed over for a fault, by its kind
+    mtime_ns: int | None = None  # when it was changed last; None in indexes that do not say
 
     @property
     def path(self) -> Path:
         return self.folder / self.file
 
+    def samples(self) -> ShardSamples:
+        """All samples. `BadSample` where their table cannot be read, `ValueError` if damaged."""
+        return _samples(self.table, self.num_samples, self.size)
+
 
 class ShardFault(NamedTuple):
     """A shard that is not as it was when it was indexed."""
 
-    kind: str  # of `faults`
+    kind: str  # MISSING_SHARD, UNREADABLE, RESIZED_SHARD or RETOUCHED_SHARD
     message: str
 
 
@@ -95,10 +102,15 @@ class ShardIndex:
     def num_samples(self) -> int:
         return int(self.starts[-1])
 
+    def digest(self) -> str:
+        """XXH3 of what decides which sample has which number: shards in their order, as indexed."""
+        listed = [[shard.file, shard.num_samples, shard.xxh3_128] for shard in self.shards]
+        return xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
+
     def sample(self, number: int) -> Sample:
         """Where image `number` lies, by bisection over shards.
 
-        Raises `IndexError` out of range, and `ValueError` where the table of its shard is damaged.
+        Raises `IndexError` out of range, and as `Shard.samples` does.
         """
         if not 0 <= number < self.num_samples:
             raise IndexError(f"sample {number} of a data set of {self.num_samples}")
@@ -109,9 +121,8 @@ class ShardIndex:
         return Sample(shard.path, table.keys[i], *place, shard.size)
 
     def samples_of(self, shard_number: int) -> ShardSamples:
-        """All samples of a shard. Raises `ValueError` where their table is damaged."""
-        shard = self.shards[shard_number]
-        return _samples(shard.table, shard.num_samples, shard.size)
+        """All samples of a shard. Raises as `Shard.samples` does."""
+        return self.shards[shard_number].samples()
 
 
 def merge(indexes: Sequence[ShardIndex]) -> ShardIndex:
@@ -143,7 +154,8 @@ def read_index(folder: Path, *, check_shards: bool = True) -> ShardIndex:
     index = ShardIndex(shards)
     if check_shards:
         for fault in shard_faults(index.shards):
-            raise ValueError(fault.message)
+            if fault.kind != RETOUCHED_SHARD:
+                raise ValueError(fault.message)
     return index
 
 
@@ -155,19 +167,28 @@ def missing_index(folder: Path) -> str | None:
 
 
 def shard_faults(shards: Sequence[Shard]) -> Iterator[ShardFault]:
-    """The shards that are missing, or have not the size that their index says."""
+    """The shards that are missing, or have not the size or the time that their index says.
+
+    Those that could not be read for the index have no sample there, and are passed over.
+    """
     for shard in shards:
+        if shard.left_out.keys() & {MISSING_SHARD, UNREADABLE}:
+            continue
         try:
-            found = shard.path.stat().st_size
+            found = shard.path.stat()
         except OSError as error:
             is_missing = isinstance(error, FileNotFoundError)
-            kind, text = ("missing_shard", "is missing") if is_missing else ("unreadable", error)
+            kind, text = (MISSING_SHARD, "is missing") if is_missing else (UNREADABLE, error)
             message = f"{shard.path} {text}: bring it back, or {_rebuild(shard.folder)}"
             yield ShardFault(kind, message)
             continue
-        if found != shard.size:
-            text = f"{shard.path} has {found} bytes, the index says {shard.size}"
-            yield ShardFault("resized_shard", f"{text}: copy it again, or {_rebuild(shard.folder)}")
+        if found.st_size != shard.size:
+            text = f"{shard.path} has {found.st_size} bytes, the index says {shard.size}"
+            yield ShardFault(RESIZED_SHARD, f"{text}: copy it again, or {_rebuild(shard.folder)}")
+        elif shard.mtime_ns not in (None, found.st_mtime_ns):
+            text = f"{shard.path} was copied or written anew since it was indexed"
+            check = f"`python tools/make_shards.py --verify {shard.folder}`"
+            yield ShardFault(RETOUCHED_SHARD, f"{text}: {check} tells which")
 
 
 def as_json(shard: Shard) -> dict[str, Any]:
@@ -181,6 +202,7 @@ def as_json(shard: Shard) -> dict[str, Any]:
         "num_samples": shard.num_samples,
         "table": table,
         "left_out": shard.left_out,
+        "mtime_ns": shard.mtime_ns,
     }
 
 
@@ -193,13 +215,17 @@ def _shard(
     num_samples: int,
     table: list,
     left_out: dict[str, int],
+    mtime_ns: int | None = None,
 ) -> Shard:
     offset, length, digest = table
     numbers = (size, num_samples, offset, length)
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError(f"{file} has a size that is no number: {numbers}")
+    if not isinstance(mtime_ns, int | None):
+        raise ValueError(f"{file} has a time that is no number: {mtime_ns}")
     where = Table(folder / SAMPLES_NAME, offset, length, str(digest))
-    return Shard(folder, _plain_name(file), size, xxh3_128, num_samples, where, dict(left_out))
+    entry = _plain_name(file), size, xxh3_128, num_samples, where, dict(left_out), mtime_ns
+    return Shard(folder, *entry)
 
 
 def _shard_of_columns(
@@ -232,15 +258,27 @@ def _plain_name(file: str) -> str:
 def _samples(table: Table | bytes, num_samples: int, shard_size: int) -> ShardSamples:
     if isinstance(table, bytes):
         return decode_samples(table, num_samples)
-    with open(table.file, "rb") as file:
-        file.seek(table.offset)
-        data = file.read(table.length)
+    data = _read_table(table)
     if xxhash.xxh3_64_hexdigest(data) != table.xxh3_64:
         raise ValueError(f"{table.file} was altered or cut: {_rebuild(table.file.parent)}")
     samples = decode_samples(data, num_samples)
     if num_samples and int((samples.offsets + samples.lengths).max()) > shard_size:
         raise ValueError(f"{table.file} has a sample outside its shard of {shard_size} bytes")
     return samples
+
+
+def _read_table(table: Table) -> bytes:
+    """It is asked for twice: a file server may have moved on. Raises `BadSample`."""
+    for is_last in (False, True):
+        try:
+            with open(table.file, "rb") as file:
+                file.seek(table.offset)
+                return file.read(table.length)
+        except OSError as error:
+            if is_last:
+                message = f"the table of a shard's samples cannot be read: {table.file}: {error}"
+                raise BadSample(message, UNREADABLE) from error
+    raise AssertionError("the second attempt returns or raises")
 
 
 def _rebuild(folder: Path) -> str:

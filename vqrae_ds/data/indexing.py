@@ -8,21 +8,21 @@ part, and a last build of the whole merges them. `index.json` is written last.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import xxhash
 from tqdm import tqdm
 
+from vqrae_ds.data.faults import MISSING_SHARD, UNREADABLE
 from vqrae_ds.data.index import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -33,13 +33,15 @@ from vqrae_ds.data.index import (
     as_json,
     read_index,
 )
+from vqrae_ds.data.pool import map_in_order
 from vqrae_ds.data.shard_scan import COMPRESSED_SUFFIXES, ScannedShard, scan_shard
 from vqrae_ds.manifest import sync, write_json_atomically
 
 logger = logging.getLogger(__name__)
 
-_JOURNALS = "index.journal*"
-_TIMES_MORE_WAITING = 4  # shards given out a process, so that none is idle
+_JOURNAL = "index.journal"
+_JOURNALS = f"{_JOURNAL}*"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # a file system that has none
 
 
 class Part(NamedTuple):
@@ -47,13 +49,6 @@ class Part(NamedTuple):
 
     number: int
     count: int
-
-
-class _Entry(NamedTuple):
-    """A shard in a journal: when it was changed last, and its entry with the table there."""
-
-    mtime_ns: int
-    shard: Shard
 
 
 def index_shards(
@@ -67,32 +62,36 @@ def index_shards(
     """Index the tar shards that lie in `folder`, and write `index.json` there.
 
     Raises `ValueError` naming the shard that is compressed, cut or damaged, or holds a member that
-    is no image and no companion of one. With `skip_bad` these are left out, counted in the index by
-    their kinds. With a `part` only its shards are read, into a journal; then there is no index yet.
+    is no image and no companion of one, and `OSError` naming one that cannot be read. With
+    `skip_bad` these are left out, counted in the index by their kinds. With a `part` only its
+    shards are read, into a journal; then there is no index yet.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     every = _find_shards(folder)
     mine = every if part is None else every[part.number - 1 :: part.count]
-    name = "index.journal" if part is None else f"index.journal-{part.number}-of-{part.count}"
+    name = _JOURNAL if part is None else f"{_JOURNAL}-{part.number}-of-{part.count}"
     with _locked(folder / name) as journal:
-        known = _read_journals(folder, skip_bad=skip_bad)
-        missing = [path for path in mine if not _is_known(known, path)]
+        known = _read_journals(folder, every)
+        missing = [path for path in mine if not _is_kept(known.get(path.name), skip_bad)]
         if not missing and not every:
             raise ValueError(f"{folder} has no shard with images: no .tar file lies there")
         progress = tqdm(total=len(mine), unit="shard", disable=None if show_progress else True)
         with progress:
             progress.update(len(mine) - len(missing))
-            for scanned, mtime_ns in _scan(missing, processes, skip_bad):
-                _append(journal, scanned, mtime_ns)
+            for scanned in map_in_order(partial(scan_shard, skip_bad=skip_bad), missing, processes):
+                _append(journal, scanned)
                 progress.update()
         journal.flush()
         if part is not None:
             logger.info("%s: part %d of %d is done", folder, *part)
             return None
-        entries = _read_journals(folder, skip_bad=skip_bad)
-        _write_index(folder, [entries[path.name].shard for path in every])
+        entries = _read_journals(folder, every)
+        for path in every:
+            if path.name not in entries:
+                raise ValueError(f"{path} was changed while it was read: build the index once more")
+        _write_index(folder, [entries[path.name] for path in every])
     for path in folder.glob(_JOURNALS):
         path.unlink()
     index = read_index(folder)
@@ -113,33 +112,6 @@ def _find_shards(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.endswith(suffixes))
 
 
-def _scan(
-    paths: Sequence[Path], processes: int, skip_bad: bool
-) -> Iterator[tuple[ScannedShard, int]]:
-    """Each shard in the given order, and when it was changed last before it was read."""
-    scan = partial(_scan_one, skip_bad=skip_bad)
-    if processes <= 1 or len(paths) <= 1:
-        yield from map(scan, paths)
-        return
-    # Not forked: what runs here may have threads.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        waiting = []
-        try:
-            for path in paths:
-                waiting.append(pool.submit(scan, path))
-                if len(waiting) >= processes * _TIMES_MORE_WAITING:
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _scan_one(path: Path, *, skip_bad: bool) -> tuple[ScannedShard, int]:
-    mtime_ns = path.stat().st_mtime_ns
-    return scan_shard(path, skip_bad=skip_bad), mtime_ns
-
-
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
     """A journal to append to, of this process alone."""
@@ -148,6 +120,10 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{path} is being written by another process: let it end") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning("%s cannot be locked (%s): let no other build write it", path, error)
         _cut_to_whole_entries(path)
         try:
             yield journal
@@ -157,12 +133,12 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
                 path.unlink()
 
 
-def _append(journal: BinaryIO, scanned: ScannedShard, mtime_ns: int) -> None:
+def _append(journal: BinaryIO, scanned: ScannedShard) -> None:
     if scanned.first_fault:
         logger.warning("left out: %s", scanned.first_fault)
     head = {
         "file": scanned.file,
-        "mtime_ns": mtime_ns,
+        "mtime_ns": scanned.mtime_ns,
         "size": scanned.size,
         "xxh3_128": scanned.xxh3_128,
         "num_samples": scanned.num_samples,
@@ -173,25 +149,38 @@ def _append(journal: BinaryIO, scanned: ScannedShard, mtime_ns: int) -> None:
     journal.flush()
 
 
-def _is_known(known: dict[str, _Entry], path: Path) -> bool:
-    entry, now = known.get(path.name), path.stat()
-    return entry is not None and (entry.shard.size, entry.mtime_ns) == (
-        now.st_size,
-        now.st_mtime_ns,
-    )
+def _is_kept(known: Shard | None, skip_bad: bool) -> bool:
+    """Whether a journal spares the reading of a shard: not of one that may be read by now."""
+    if known is None or known.left_out.keys() & {MISSING_SHARD, UNREADABLE}:
+        return False
+    return skip_bad or not known.left_out
 
 
-def _read_journals(folder: Path, *, skip_bad: bool) -> dict[str, _Entry]:
-    """The shards of all journals by file. Without `skip_bad` those with faults are read again."""
+def _read_journals(folder: Path, shards: Sequence[Path]) -> dict[str, Shard]:
+    """The entries of all journals by file, of `shards` as they are now.
+
+    A part's journal may have a shard as it was before it was written anew, or mended: such an entry
+    is none, and that of the build which merges the parts comes before theirs.
+    """
+    now = {path.name: _size_and_time(path) for path in shards}
     found = {}
-    for path in sorted(folder.glob(_JOURNALS)):
-        for entry in _entries(path):
-            if skip_bad or not entry.shard.left_out:
-                found[entry.shard.file] = entry
+    for path in sorted(folder.glob(_JOURNALS), key=lambda path: path.name == _JOURNAL):
+        for shard in _entries(path):
+            if (shard.size, shard.mtime_ns) == now.get(shard.file):
+                found[shard.file] = shard
     return found
 
 
-def _entries(path: Path) -> Iterator[_Entry]:
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """In bytes and ns; zeros, as `scan_shard` has them, where the file is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _entries(path: Path) -> Iterator[Shard]:
     """The whole entries of a journal; the last one may have been cut by the end of its writer."""
     with open(path, "rb") as file:
         while line := file.readline():
@@ -199,19 +188,18 @@ def _entries(path: Path) -> Iterator[_Entry]:
             try:
                 head = json.loads(line)
                 length, digest = head.pop("table")
-                mtime_ns = head.pop("mtime_ns")
+                shard = Shard(path.parent, **head, table=Table(path, start, length, digest))
             except (ValueError, KeyError, TypeError, AttributeError):
                 return
             if xxhash.xxh3_64_hexdigest(file.read(length)) != digest:
                 return
-            table = Table(path, start, length, digest)
-            yield _Entry(mtime_ns, Shard(path.parent, **head, table=table))
+            yield shard
 
 
 def _cut_to_whole_entries(path: Path) -> None:
     end = 0
-    for entry in _entries(path):
-        end = entry.shard.table.offset + entry.shard.table.length
+    for shard in _entries(path):
+        end = shard.table.offset + shard.table.length
     os.truncate(path, end)
 
 

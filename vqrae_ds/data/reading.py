@@ -25,26 +25,35 @@ class _OpenFile:
 
 
 def read_sample(sample: Sample, max_bytes: int) -> bytes:
-    """Raises `BadSample` where it is longer than `max_bytes`, or its shard does not have it."""
+    """Raises `BadSample` where it is longer than `max_bytes`, or its shard does not have it.
+
+    What the file system does not give is asked for twice: a descriptor may be what is stale.
+    """
     if sample.length > max_bytes:
         raise BadSample(f"{sample.length} bytes is over the limit of {max_bytes}", TOO_LONG)
     try:
-        shard = _open(sample.shard)
-        if sample.shard_size not in (None, shard.size):
-            # It may be being replaced: the next one looks anew.
-            _open.cache_clear()
-            sizes = f"{shard.size} bytes, the index says {sample.shard_size}"
-            raise BadSample(f"the shard has {sizes}", RESIZED_SHARD)
-        data = os.pread(shard.descriptor, sample.length, sample.offset)
-        while len(data) < sample.length and (
-            more := os.pread(shard.descriptor, sample.length - len(data), sample.offset + len(data))
-        ):
-            data += more
+        return _read(sample)
+    except (OSError, BadSample):
+        pass  # left before the second attempt, lest the error keep the old descriptor open
+    _open.cache_clear()
+    try:
+        return _read(sample)
     except FileNotFoundError as error:
         raise BadSample("the shard is missing", MISSING_SHARD) from error
     except OSError as error:
-        _open.cache_clear()  # a descriptor may be what is stale
         raise BadSample(f"the shard cannot be read: {error}", UNREADABLE) from error
+
+
+def _read(sample: Sample) -> bytes:
+    shard = _open(sample.shard)
+    if sample.shard_size not in (None, shard.size):
+        sizes = f"{shard.size} bytes, the index says {sample.shard_size}"
+        raise BadSample(f"the shard has {sizes}", RESIZED_SHARD)
+    data = os.pread(shard.descriptor, sample.length, sample.offset)
+    while len(data) < sample.length and (
+        more := os.pread(shard.descriptor, sample.length - len(data), sample.offset + len(data))
+    ):
+        data += more
     if len(data) < sample.length:
         changed = "the shard ends inside the image, it has changed since it was indexed"
         raise BadSample(changed, RESIZED_SHARD)

@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 import xxhash
 
-from vqrae_ds.data.faults import CUT_SHARD, DAMAGED_SHARD, DUPLICATE_KEY, REFUSED_MEMBER
+from vqrae_ds.data.faults import (
+    CUT_SHARD,
+    DAMAGED_SHARD,
+    DUPLICATE_KEY,
+    MISSING_SHARD,
+    REFUSED_MEMBER,
+    UNREADABLE,
+)
 from vqrae_ds.data.sample_table import IMAGE_EXTENSIONS, MAX_LENGTH, encode_samples
 from vqrae_ds.data.tar_members import BrokenTar, ForwardReader, Member, read_members
 
@@ -27,6 +34,7 @@ class ScannedShard(NamedTuple):
 
     file: str
     size: int  # bytes
+    mtime_ns: int  # when it was changed last, before it was read
     xxh3_128: str
     num_samples: int
     left_out: dict[str, int]  # by kind
@@ -52,10 +60,35 @@ class RefusedMember(ValueError):
 def scan_shard(path: Path, *, skip_bad: bool = False) -> ScannedShard:
     """Read the shard at `path` from its first byte to its last.
 
-    Raises `ValueError` naming shard and member at the first fault. With `skip_bad` the member is
-    left out and counted, and of a shard that is cut or damaged what is whole before that is kept.
+    Raises `ValueError` naming shard and member at the first fault, and `OSError` naming the shard
+    where it cannot be read. With `skip_bad` the member is left out and counted, of a shard that is
+    cut or damaged what is whole before that is kept, and of one that cannot be read, nothing.
     """
-    path = Path(path)
+    path, size, mtime_ns = Path(path), 0, 0
+    try:
+        found = path.stat()
+        size, mtime_ns = found.st_size, found.st_mtime_ns
+        if path.name.endswith(COMPRESSED_SUFFIXES):
+            error = ValueError(f"{path} is compressed: unpack it, shards must be plain .tar files")
+            if not skip_bad:
+                raise error
+            return _nothing_of(path, size, mtime_ns, COMPRESSED_SHARD, error)
+        return _read_shard(path, size, mtime_ns, skip_bad=skip_bad)
+    except OSError as error:
+        named = OSError(error.errno, error.strerror, str(path))  # an error of reading has no name
+        if not skip_bad:
+            raise named from error
+        kind = MISSING_SHARD if isinstance(error, FileNotFoundError) else UNREADABLE
+        return _nothing_of(path, size, mtime_ns, kind, named)
+
+
+def _nothing_of(path: Path, size: int, mtime_ns: int, kind: str, error: Exception) -> ScannedShard:
+    """A shard that is left out whole."""
+    table = encode_samples([], [], [], [])
+    return ScannedShard(path.name, size, mtime_ns, "", 0, {kind: 1}, table, str(error))
+
+
+def _read_shard(path: Path, size: int, mtime_ns: int, *, skip_bad: bool) -> ScannedShard:
     left_out: Counter[str] = Counter()
     faults: list[str] = []
     names, images = ImageNames(), {}  # members by key
@@ -67,12 +100,7 @@ def scan_shard(path: Path, *, skip_bad: bool = False) -> ScannedShard:
         left_out[kind] += 1
         faults.append(message)
 
-    digest, size = xxhash.xxh3_128(), path.stat().st_size
-    if path.name.endswith(COMPRESSED_SUFFIXES):
-        error = ValueError(f"{path} is compressed: unpack it, shards must be plain .tar files")
-        if not skip_bad:
-            raise error
-        return ScannedShard(path.name, size, "", 0, {COMPRESSED_SHARD: 1}, b"", str(error))
+    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         reader = ForwardReader(file, size=size, digest=digest)
         try:
@@ -91,8 +119,8 @@ def scan_shard(path: Path, *, skip_bad: bool = False) -> ScannedShard:
         [member.offset for member in images.values()],
         [member.size for member in images.values()],
     )
-    found = digest.hexdigest(), len(images), dict(left_out), table
-    return ScannedShard(path.name, size, *found, faults[0] if faults else "")
+    read = digest.hexdigest(), len(images), dict(left_out), table
+    return ScannedShard(path.name, size, mtime_ns, *read, faults[0] if faults else "")
 
 
 def image_name(member: Member) -> MemberName:

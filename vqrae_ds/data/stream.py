@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from vqrae_ds.data.crops import Augmentation, SampleSeed, centre_crop, random_crop
 from vqrae_ds.data.decode import EXACT, Decoding, decode_sample
-from vqrae_ds.data.faults import BadSample, Skipped
+from vqrae_ds.data.faults import REFUSE, BadSample, Policy, Skipped
 from vqrae_ds.data.index import ShardIndex
 from vqrae_ds.data.loader import Batch, Item, load
 from vqrae_ds.data.order import SampleOrder, micro_batch_positions
@@ -32,7 +32,8 @@ ATTEMPTS = 32  # samples that are tried for one place: with every tenth bad, all
 class EvaluationBatch(NamedTuple):
     """A batch of one pass over the data.
 
-    Where `is_real_B` is False, a repeat fills it up, or the sample could not be used.
+    Where `is_real_B` is False, a repeat fills it up, or the sample could not be used; its key is
+    empty where nobody knows it.
     """
 
     images_B3HW: torch.Tensor  # float32 in [0, 1]
@@ -52,20 +53,20 @@ def training_batches(
     num_workers: int,
     augmentation: Augmentation,
     decoding: Decoding = EXACT,
-    skip_bad: bool = False,
+    policy: Policy = REFUSE,
     prefetch_batches: int = 2,
 ) -> Iterator[Batch]:
     """Endless micro batches (B, 3, image_size, image_size) of one rank, B = `micro_batch_size`.
 
     `start` is the number of samples that all ranks together have consumed: to resume is to pass it.
-    Raises `BadSample` naming shard and key at an image that cannot be used; with `skip_bad` only
-    where a whole row of them stands in for one another.
+    Raises `BadSample` naming shard and key at an image that cannot be used; where `policy` skips it
+    only if a whole row of them stands in for one another.
     """
     assert 0 <= rank < world_size and micro_batch_size > 0 and start >= 0
     positions = micro_batch_positions(
         micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, start=start
     )
-    samples = _TrainingSet(index, image_size, augmentation, decoding, skip_bad, seed)
+    samples = _TrainingSet(index, image_size, augmentation, decoding, policy, seed)
     return load(samples, positions, num_workers, prefetch_batches)
 
 
@@ -77,31 +78,32 @@ def evaluation_batches(
     rank: int,
     world_size: int,
     decoding: Decoding = EXACT,
-    skip_bad: bool = False,
+    policy: Policy = REFUSE,
 ) -> Iterator[EvaluationBatch]:
     """One pass in index order, in batches (B, 3, image_size, image_size) with B = `batch_size`.
 
     Every rank gets the same number of full batches; their real samples are the data set, each once.
-    Raises `BadSample` naming shard and key at an image that cannot be used; with `skip_bad` it is
-    black, and not real.
+    Raises `BadSample` naming shard and key at an image that cannot be used; where `policy` skips it
+    it is black, and not real.
     """
     assert 0 <= rank < world_size and batch_size > 0
     for first in range(0, index.num_samples, batch_size * world_size):
         numbers = range(first + rank * batch_size, first + (rank + 1) * batch_size)
+        images, keys = [], []
         is_real = [number < index.num_samples for number in numbers]
-        samples = [index.sample(number % index.num_samples) for number in numbers]
-        images = []
-        for place, sample in enumerate(samples):
+        for place, number in enumerate(numbers):
+            image, key = torch.zeros(3, image_size, image_size), ""
             try:
+                sample = index.sample(number % index.num_samples)
+                key = sample.key
                 image = decode_sample(sample, centre_crop, image_size=image_size, decoding=decoding)
             except BadSample as error:
-                if not skip_bad:
+                if not policy.skips(error.kind):
                     raise
-                image = torch.zeros(3, image_size, image_size)
                 logger.warning("left out of the evaluation: %s", error)
                 is_real[place] = False
             images.append(image)
-        keys = [sample.key for sample in samples]
+            keys.append(key)
         yield EvaluationBatch(torch.stack(images), torch.tensor(is_real), keys)
 
 
@@ -114,12 +116,12 @@ class _TrainingSet(Dataset):
         image_size: int,
         augmentation: Augmentation,
         decoding: Decoding,
-        skip_bad: bool,
+        policy: Policy,
         seed: int,
     ) -> None:
         self.index, self.order = index, SampleOrder(index.samples_per_shard, seed=seed)
         self.image_size, self.augmentation = image_size, augmentation
-        self.decoding, self.skip_bad = decoding, skip_bad
+        self.decoding, self.policy = decoding, policy
 
     def __getitem__(self, position: int) -> Item:
         place = self.order.sample_at(position)
@@ -127,14 +129,14 @@ class _TrainingSet(Dataset):
         choose_crop = partial(random_crop, augmentation=self.augmentation, seed=crop_seed)
         number, skipped = place.sample, ()
         for attempt in range(ATTEMPTS):
-            sample = self.index.sample(number)
             try:
+                sample = self.index.sample(number)
                 image = decode_sample(
                     sample, choose_crop, image_size=self.image_size, decoding=self.decoding
                 )
                 return Item(image, sample.key, skipped)
             except BadSample as error:
-                if not self.skip_bad:
+                if not self.policy.skips(error.kind):
                     raise
                 skipped = skipped or (Skipped(error.kind, str(error)),)
             number = self.order.replacement(place, attempt)

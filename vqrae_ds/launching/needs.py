@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqrae_ds.config import Run
+from vqrae_ds.config.data_paths import data_folders
 from vqrae_ds.config.files import read_recipe
-from vqrae_ds.config.patterns import data_folders
 from vqrae_ds.launching.checkpoint_size import checkpoint_bytes, pretrained_bytes
 from vqrae_ds.launching.orders import forwarded
 
