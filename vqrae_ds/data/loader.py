@@ -5,8 +5,10 @@ Suffixes: B samples, 3 channels, H height, W width.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
+from multiprocessing import util
 from typing import NamedTuple
 
 import torch
@@ -56,6 +58,8 @@ def load(
         generator=torch.Generator(),
         **(in_processes if num_workers else {}),
     )
+    if num_workers:
+        util.Finalize(None, _end_workers, exitpriority=0)
     return iter(loader)
 
 
@@ -66,6 +70,13 @@ def _leave_stopping_to_the_rank(_: int) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At the exit of Python, which else asks them by a signal that they ignore, and waits."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _collate(items: list[Item]) -> Batch:
