@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vqrae_ds.ops import code_distances
 from vqrae_ds.ops import nearest_code as module
 from vqrae_ds.ops.code_distances import SAME
 from vqrae_ds.ops.nearest_code import nearest_code
@@ -78,6 +79,7 @@ def extremes() -> Iterator[tuple[Tensor, Tensor]]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(module, "TILE_TOKENS", 7)
     monkeypatch.setattr(module, "TILE_CODES", 16)
+    monkeypatch.setattr(code_distances, "TILE_CODES", 16)
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "shared offset"])

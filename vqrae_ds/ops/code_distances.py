@@ -18,7 +18,7 @@ from torch import Tensor
 
 SAME = 1 + 2.0**-40
 TILE_PAIRS = 128
-TILE_HASHED = 256  # codes
+TILE_CODES = 512
 # Of a score, as those of `nearest_code` are in fp32.
 ROUNDING_OF_A_TERM = 4 * 2.0**-53
 FEW_TERMS = 16
@@ -42,26 +42,27 @@ def lowest_tied(distances_NM: Tensor, indices_NM: Tensor) -> Tensor:
     return torch.where(is_tied_NM, indices_NM, indices_NM.amax(1, keepdim=True)).amin(1)
 
 
-def search_in_float64(z_ND: Tensor, codes_KD: Tensor, tile_codes: int) -> Tensor:
+def search_in_float64(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
     """Indices (N,) of the nearest codes, by scores in float64 that leave few pairs to settle.
 
     For tokens with so many codes as near as the nearest, to within fp32, that a screening did not
-    keep them. Memory is that of N times `tile_codes`. A code that equals one before it is no
+    keep them. Memory is that of N tokens and a tile of codes. A code that equals one before it is no
     candidate, for where all codes have become one, all of them would be.
     """
     origin_D = codes_KD[0].double()
-    moved_ND = z_ND.double() - origin_D
+    moved_ND = z_ND.double().sub_(origin_D)
     norm_N, largest = moved_ND.norm(dim=1), moved_ND.new_zeros(())
     smallest_N = torch.full_like(norm_N, torch.inf)
     is_copy_K = _is_copy(codes_KD)
 
     def scored_tiles() -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, len(codes_KD), tile_codes):
-            moved_kD = codes_KD[first : first + tile_codes].double() - origin_D
+        for first in range(0, len(codes_KD), TILE_CODES):
+            tile = slice(first, first + TILE_CODES)
+            moved_kD = codes_KD[tile].double().sub_(origin_D)
             half_norms_k = moved_kD.square().sum(1) / 2
             largest.copy_(torch.maximum(largest, (2 * half_norms_k.amax()).sqrt()))
-            half_norms_k[is_copy_K[first : first + tile_codes]] = torch.inf
-            yield first, half_norms_k - moved_ND @ moved_kD.T
+            half_norms_k[is_copy_K[tile]] = torch.inf
+            yield first, torch.addmm(half_norms_k, moved_ND, moved_kD.T, alpha=-1)
 
     for _, scores_nk in scored_tiles():
         smallest_N = torch.minimum(smallest_N, scores_nk.amin(1))
@@ -93,13 +94,13 @@ def _is_copy(codes_KD: Tensor) -> Tensor:
     hash_K = torch.cat(
         [
             (codes_kD.contiguous().view(bits).long() * factors_D).sum(1)
-            for codes_kD in codes_KD.split(TILE_HASHED)
+            for codes_kD in codes_KD.split(TILE_CODES)
         ]
     )
     _, group_K = hash_K.unique(return_inverse=True)
     code_K = torch.arange(len(codes_KD), device=codes_KD.device)
     first_K = torch.full_like(code_K, len(code_K)).scatter_reduce_(0, group_K, code_K, "amin")
     original_K = first_K[group_K]
-    tiles = zip(codes_KD.split(TILE_HASHED), original_K.split(TILE_HASHED), strict=True)
+    tiles = zip(codes_KD.split(TILE_CODES), original_K.split(TILE_CODES), strict=True)
     is_equal_K = torch.cat([(codes_kD == codes_KD[k]).all(1) for codes_kD, k in tiles])
     return is_equal_K & (original_K < code_K)

@@ -134,7 +134,7 @@ def _search_tile(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
         if not len(left_n):
             return index_n
         tokens_nD = z_nD[left_n]
-    index_n[left_n] = search_in_float64(tokens_nD, codes_KD, TILE_CODES)
+    index_n[left_n] = search_in_float64(tokens_nD, codes_KD)
     return index_n
 
 
