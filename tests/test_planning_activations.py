@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchvision.models import convnext_small
 
 from tests.conftest import ROOT
@@ -20,12 +22,19 @@ from vqrae_ds.models.decoder import Decoder
 from vqrae_ds.models.discriminator import build_discriminator
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.simvq import SimVQ
+from vqrae_ds.ops.code_distances import search_in_float64
+from vqrae_ds.ops.nearest_code import code_norms
+from vqrae_ds.parallel.codebook import GroupSearch
+from vqrae_ds.parallel.groups import Groups
 from vqrae_ds.planning import plan
 from vqrae_ds.planning.activations import (
     code_bytes,
     decoder_block,
     encoder_block,
+    float64_bytes,
+    group_bytes,
     head_bytes,
+    screening_bytes,
     search_bytes,
 )
 from vqrae_ds.planning.blocks import backward_bytes, forward_bytes, kept_bytes
@@ -216,9 +225,37 @@ def test_what_the_search_of_codes_needs(dtype: torch.dtype) -> None:
     z_BND = torch.randn(IMAGES, config.grid_side**2, 96, dtype=dtype)
     with Storages(given(quantizer, z_BND)) as storages:
         quantizer.find_codes(z_BND)
-    size = dtype.itemsize
-    planned = code_bytes(config, size) + search_bytes(config, IMAGES, size)
-    assert storages.peak == pytest.approx(planned, rel=0.1)
+    size, n = dtype.itemsize, IMAGES * config.grid_side**2
+    planned = screening_bytes(n, 8192, 96, size)
+    assert storages.peak == pytest.approx(code_bytes(config, size) + planned, rel=0.1)
+    assert search_bytes(config, IMAGES, size) >= planned
+
+
+@DTYPES
+@pytest.mark.parametrize(("n", "K"), [(1000, 1024), (200, 5000)])
+def test_what_is_searched_in_float64(n: int, K: int, dtype: torch.dtype) -> None:
+    z_ND, codes_KD = torch.randn(n, 400).to(dtype), torch.randn(K, 400).to(dtype)
+    with Storages([codes_KD]) as storages:
+        search_in_float64(z_ND.clone(), codes_KD)
+    assert storages.peak == pytest.approx(float64_bytes(n, K, 400, dtype.itemsize), rel=0.1)
+
+
+@pytest.mark.parametrize("tensor_size", [2, 8])
+@pytest.mark.parametrize(("tokens", "width"), [(3000, 256), (20000, 16)])
+def test_what_a_group_needs_to_compare_winners(tokens: int, width: int, tensor_size: int) -> None:
+    """With the process group that sends nothing: what is allocated does not depend on it."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tensor_size)
+    try:
+        groups = Groups(dist.group.WORLD, dist.group.WORLD)
+        z_ND, codes_KD = torch.randn(tokens, width), torch.randn(50, width)
+        index_N, norms = torch.zeros(tokens, dtype=torch.int64), code_norms(codes_KD)
+        search = GroupSearch(50 * tensor_size, groups, lambda *_: index_N)
+        with Storages([z_ND, codes_KD, index_N]) as storages:
+            search(z_ND, codes_KD, norms)
+    finally:
+        dist.destroy_process_group()
+    planned = group_bytes(tokens, width, 4, tensor_size)
+    assert storages.peak + index_N.nbytes == pytest.approx(planned, rel=0.1)
 
 
 def test_kept_codes_are_divided_over_a_tensor_parallel_group() -> None:

@@ -33,6 +33,7 @@ def pair_distances(
     for token_p, code_p, distance_p in zip(*tiles, strict=True):
         difference_pD = z_ND[token_p].double().sub_(codes_KD[code_p])
         torch.sum(difference_pD.square_(), 1, out=distance_p)
+        del difference_pD  # before the next one is made
     return distance_P
 
 
@@ -46,8 +47,8 @@ def search_in_float64(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
     """Indices (N,) of the nearest codes, by scores in float64 that leave few pairs to settle.
 
     For tokens with so many codes as near as the nearest, to within fp32, that a screening did not
-    keep them. Memory is that of N tokens and a tile of codes. A code that equals one before it is no
-    candidate, for where all codes have become one, all of them would be.
+    keep them. Memory is that of N tokens and a tile of codes. A code that equals one before it is
+    no candidate, for where all codes have become one, all of them would be.
     """
     origin_D = codes_KD[0].double()
     moved_ND = z_ND.double().sub_(origin_D)
