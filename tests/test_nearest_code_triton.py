@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.conftest import ROOT
 from tests.storages import Storages
+from tests.test_code_distances import permuted_codes
 from tests.test_nearest_code import assert_nearest, exact, extremes, make_inputs
 from vqrae_ds.ops.nearest_code import code_norms, nearest_code
 
@@ -69,7 +70,7 @@ def check_bfloat16() -> None:
 
 
 def check_ties() -> None:
-    """In one block of codes and in several, a few of them and hundreds."""
+    """In one block of codes and in several, a few of them and a hundred."""
     codes_KD = torch.full((600, 2), 9.0)
     codes_KD[[11, 13, 140, 259, 400]] = torch.tensor(
         [[2.0, 0], [0.0, 2], [2.0, 0], [-2.0, 0], [0, 2.0]]
@@ -78,7 +79,9 @@ def check_ties() -> None:
     assert search(z_ND, codes_KD).tolist() == [11, 11, 259, 13, 0]
     z_ND, codes_KD = make_inputs("random", 9, 100, 24)
     assert search(z_ND, codes_KD.repeat(9, 1)).max() < 100
-    assert not search(z_ND, codes_KD[:1].repeat(500, 1)).any()
+    assert not search(z_ND, codes_KD[:1].repeat(140, 1)).any()
+    codes_KD = permuted_codes(K=70)
+    assert not search(torch.zeros(3, codes_KD.shape[1]), codes_KD).any()
 
 
 def check_near_ties() -> None:
