@@ -123,7 +123,7 @@ class TestWaysThrough:
                 assert parameter.grad.isfinite().all() and parameter.grad.any(), name
 
     def test_a_replaced_search_is_used(self) -> None:
-        model = build_model(search=lambda z_ND, codes_KD: torch.full((len(z_ND),), 5))
+        model = build_model(search=lambda z_ND, *_: torch.full((len(z_ND),), 5))
         assert (model(random_images()).indices_Bhw == 5).all()
 
     @pytest.mark.parametrize("method", ["forward", "encode", "encode_to_indices"])
