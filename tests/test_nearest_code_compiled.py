@@ -53,7 +53,10 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def compile_kernel(name: str, capability: int, dtype: str, **options: Any) -> Any:
-    """For pointers that are aligned, as those of torch, and sizes that multiples of 16 are."""
+    """For pointers that are aligned, as those of torch, and sizes that are multiples of 16.
+
+    Options that are arguments of the kernel are constants, as Triton makes one of a size of 1.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -107,6 +110,17 @@ def test_the_kernels_compile_and_fit(capability: int, dtype: str, tmp_path: Path
     for name, kernel in kernels.items():
         assert kernel.metadata.shared <= MOST_SHARED, name
         assert stack_bytes(kernel, tmp_path) == 0, f"{name} spills"
+
+
+def test_sizes_may_be_one() -> None:
+    from vqrae_ds.ops import nearest_code_triton as module
+
+    plan, sizes = module.plan_of((torch.bfloat16,) * 2, 9), {"K": 1, "D": 1}
+    options = module._options(plan.screening, plan)
+    compile_kernel("screening_kernel", 90, "bf16", N=1, **sizes, **options)
+    options = module._options(plan.settling, plan) | {"BLOCK_PAIRS_D": module.PAIRS_DIMENSIONS}
+    compile_kernel("settling_kernel", 90, "bf16", IS_LAST=False, **sizes, **options)
+    compile_kernel("norms_kernel", 90, "bf16", BLOCK_D=512, num_warps=2, D=1)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
