@@ -120,7 +120,7 @@ def test_sizes_may_be_one() -> None:
     compile_kernel("screening_kernel", 90, "bf16", N=1, **sizes, **options)
     options = module._options(plan.settling, plan) | {"BLOCK_PAIRS_D": module.PAIRS_DIMENSIONS}
     compile_kernel("settling_kernel", 90, "bf16", IS_LAST=False, **sizes, **options)
-    compile_kernel("norms_kernel", 90, "bf16", BLOCK_D=512, num_warps=2, D=1)
+    compile_kernel("norms_kernel", 90, "bf16", BLOCK_D=512, D=1, num_warps=2, enable_fp_fusion=True)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
