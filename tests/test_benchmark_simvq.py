@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import run_python
-from vqrae_ds.benchmarks.simvq import KEPT_OF_A_DISTANCE, measure_simvq, mistakes, take_turns
-from vqrae_ds.benchmarks.simvq_peers import OURS, PEERS, Sizes, make, tokens
+from vqrae_ds.benchmarks.simvq import find_mistakes, measure_simvq, take_turns
+from vqrae_ds.benchmarks.simvq_peers import OURS, PEERS, Sizes, make, make_ours, tokens
 
 SMALL = Sizes(num_codes=200, dim=24)
 
@@ -43,15 +43,22 @@ def test_they_take_turns() -> None:
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_a_code_that_is_as_near_is_a_tie_and_another_a_mistake() -> None:
-    """Whole numbers and a part of them that fp32 would lose, or not."""
-    distances = torch.tensor([9.0, 9.0, 9.0 * (1 + KEPT_OF_A_DISTANCE / 2), 9.0001])
-    codes_KD = torch.zeros(4, 2, dtype=torch.float64)
-    codes_KD[:, 0] = distances.double().sqrt()
-    codes_KD[2, 0] = (9.0 * (1 + KEPT_OF_A_DISTANCE / 2)) ** 0.5
-    z_ND = torch.zeros(1, 2)
-    found = [mistakes(torch.tensor([index]), z_ND, codes_KD) for index in range(4)]
-    assert [tuple(f) for f in found] == [(0, 0), (1, 0), (1, 0), (0, 1)]
+def test_a_tie_is_the_first_code_or_a_mistake() -> None:
+    """Of codes 1 and 2 float64 cannot tell which is nearer, of 0 and 3 it can, if only just."""
+    places = [3 * (1 + 2.0**-30), 3, -3 * (1 - 2.0**-52), 4]
+    z_ND, codes_KD = torch.zeros(1, 1), torch.tensor(places, dtype=torch.float64)[:, None]
+    found = [find_mistakes(torch.tensor([index]), z_ND, codes_KD) for index in range(4)]
+    assert [tuple(f) for f in found] == [(1, 1), (1, 0), (1, 1), (1, 1)]
+    assert find_mistakes(torch.tensor([0]), z_ND, codes_KD[[0, 3]]) == (0, 0)
+
+
+def test_what_ours_finds_is_no_mistake_and_a_neighbour_is() -> None:
+    ours, z_1ND = make_ours(SMALL), tokens(300, SMALL.dim)
+    codes_KD = ours.searched_codes().codes_KD
+    index_N = ours.find_codes(z_1ND)[0]
+    assert find_mistakes(index_N, z_1ND[0], codes_KD).wrong == 0
+    others_N = torch.where(torch.arange(300) < 7, (index_N + 1) % SMALL.num_codes, index_N)
+    assert find_mistakes(others_N, z_1ND[0], codes_KD).wrong == 7
 
 
 @pytest.mark.slow
@@ -69,6 +76,10 @@ def test_the_whole_benchmark_small() -> None:
     assert rows["time_n1024"].peer_name in PEERS
     assert rows["wrong_codes_n1024"].ours == rows["wrong_codes_n4096"].ours == 0
     assert all(row.ours > 0 for name, row in rows.items() if name.startswith("time"))
+    memory = report.details["memory"]
+    assert rows["peak_memory_n4096"].ours == memory["default"][OURS]
+    matrix = 4096 * SMALL.num_codes * 4 / 1e6
+    assert all(memory[allocator]["textbook"] > matrix for allocator in ("default", "mmap"))
 
 
 def test_a_mistake_is_one_line() -> None:

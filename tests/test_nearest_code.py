@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vqrae_ds.ops import code_distances
 from vqrae_ds.ops import nearest_code as module
+from vqrae_ds.ops.code_distances import SAME
 from vqrae_ds.ops.nearest_code import nearest_code
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -47,14 +50,36 @@ def exact(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
     """The lowest index at the smallest distance, in float64 from the differences."""
     z_ND, codes_KD = z_ND.double(), codes_KD.double()
     distance_NK = (z_ND[:, None] - codes_KD).square().sum(2)
-    is_nearest_NK = distance_NK == distance_NK.amin(1, keepdim=True)
+    is_nearest_NK = distance_NK <= SAME * distance_NK.amin(1, keepdim=True)
     return torch.where(is_nearest_NK, torch.arange(len(codes_KD)), len(codes_KD)).amin(1)
+
+
+def extremes() -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and codes whose squares fp32 has no room for, above or below, and some of each."""
+    z_ND, codes_KD = make_inputs("random", 12, 70, 24)
+    for of_tokens, of_codes in (
+        (1e-24, 1e-24),
+        (1e-38, 1e-38),
+        (1e-20, 1),
+        (1, 1e-20),
+        (1e-44, 1e30),
+        (1e30, 1e-44),
+        (1e25, 1e25),
+        (5e37, 5e37),
+        (5e37, 1),
+        (1, 5e37),
+    ):
+        yield of_tokens * z_ND, of_codes * codes_KD
+    scale_N1 = 10 ** torch.linspace(-40, 37, 12)[:, None]
+    yield scale_N1 * z_ND, codes_KD
+    yield z_ND, codes_KD * 10 ** torch.linspace(-40, 37, 70)[:, None]
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(module, "TILE_TOKENS", 7)
     monkeypatch.setattr(module, "TILE_CODES", 16)
+    monkeypatch.setattr(code_distances, "TILE_CODES", 16)
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "shared offset"])
@@ -108,15 +133,17 @@ def test_the_way_to_the_result_does_not_matter(
         z_ND[:20] = codes_KD[0] + 1e-2 * z_ND[:20]
     if kind == "repeated":
         codes_KD = codes_KD[:4].repeat(50, 1)
-    index_N, expected_N = nearest_code(z_ND, codes_KD), exact(z_ND, codes_KD)
-    if kind == "near ties":  # with so little between them that float64 rounds the products
-        found, expected = (
-            (z_ND.double() - codes_KD[n].double()).square().sum(1) for n in (index_N, expected_N)
-        )
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-        assert (index_N == expected_N).float().mean() > 0.9
-    else:
-        assert torch.equal(index_N, expected_N)
+    assert torch.equal(nearest_code(z_ND, codes_KD), exact(z_ND, codes_KD))
+
+
+@pytest.mark.parametrize("dtypes", SCREENINGS, ids=["float64", "bf16", "fp32", "bf16 and fp32"])
+def test_what_fp32_has_no_room_for(
+    monkeypatch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Where scores or bounds overflow, or are taken for 0."""
+    monkeypatch.setattr(module, "_screening_dtypes", lambda *_: dtypes)
+    for z_ND, codes_KD in extremes():
+        assert torch.equal(nearest_code(z_ND, codes_KD), exact(z_ND, codes_KD))
 
 
 def test_each_way_is_taken(small_tiles: None) -> None:
@@ -162,6 +189,22 @@ def test_nor_does_it_matter_by_which_switch() -> None:
         finally:
             switch.fp32_precision = "ieee"  # what nothing was told means
         assert not module._rounds_fp32(device_type)
+
+
+@pytest.mark.parametrize("name", ["DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE"])
+def test_nor_by_the_variable_of_onednn(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "bf16")
+    assert module._rounds_fp32("cpu") and not module._rounds_fp32("cuda")
+    monkeypatch.setenv(name, "STRICT")
+    assert not module._rounds_fp32("cpu")
+
+
+def test_on_a_gpu_products_of_bfloat16_are_not_rounded_to_it() -> None:
+    """Nor any part of a sum, then. Fake tensors say which kernel would run."""
+    with FakeTensorMode():
+        z_nD, codes_kD = (torch.empty(n, 8, dtype=torch.bfloat16, device="cuda") for n in (4, 5))
+        origin_D = torch.zeros(8, device="cuda")
+        assert module._products(z_nD, codes_kD, origin_D).dtype == torch.float32
 
 
 def test_given_norms_change_nothing() -> None:

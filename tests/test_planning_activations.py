@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchvision.models import convnext_small
 
 from tests.conftest import ROOT
+from tests.storages import Storages
 from tests.test_planner import run_of
 from vqrae_ds.config import AdversarialConfig, ModelConfig, resolve_model
 from vqrae_ds.losses.perceptual import PerceptualLoss
@@ -22,12 +22,19 @@ from vqrae_ds.models.decoder import Decoder
 from vqrae_ds.models.discriminator import build_discriminator
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.simvq import SimVQ
+from vqrae_ds.ops.code_distances import search_in_float64
+from vqrae_ds.ops.nearest_code import code_norms
+from vqrae_ds.parallel.codebook import GroupSearch
+from vqrae_ds.parallel.groups import Groups
 from vqrae_ds.planning import plan
 from vqrae_ds.planning.activations import (
     code_bytes,
     decoder_block,
     encoder_block,
+    float64_bytes,
+    group_bytes,
     head_bytes,
+    screening_bytes,
     search_bytes,
 )
 from vqrae_ds.planning.blocks import backward_bytes, forward_bytes, kept_bytes
@@ -46,40 +53,6 @@ POLICIES = pytest.mark.parametrize("policy", ["none", "full", "selective"])
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-
-
-class Storages(TorchDispatchMode):
-    """Bytes of the storages that operations make inside and that are still alive.
-
-    Selective checkpointing keeps its tensors where saved_tensors_hooks does not see them, so that
-    storages are followed until they are freed. Parameters are made outside.
-    """
-
-    def __init__(self, given: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
-        self._sizes: dict[int, int] = {}
-        self.live, self.peak = 0, 0
-
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        out = operator(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes and storage.data_ptr() not in self._given:
-            self._sizes[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._freed, key)
-
-    def _freed(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
 
 
 def given(module: nn.Module, *inputs: Tensor) -> list[Tensor]:
@@ -252,9 +225,37 @@ def test_what_the_search_of_codes_needs(dtype: torch.dtype) -> None:
     z_BND = torch.randn(IMAGES, config.grid_side**2, 96, dtype=dtype)
     with Storages(given(quantizer, z_BND)) as storages:
         quantizer.find_codes(z_BND)
-    size = dtype.itemsize
-    planned = code_bytes(config, size) + search_bytes(config, IMAGES, size)
-    assert storages.peak == pytest.approx(planned, rel=0.1)
+    size, n = dtype.itemsize, IMAGES * config.grid_side**2
+    planned = screening_bytes(n, 8192, 96, size)
+    assert storages.peak == pytest.approx(code_bytes(config, size) + planned, rel=0.1)
+    assert search_bytes(config, IMAGES, size) >= planned
+
+
+@DTYPES
+@pytest.mark.parametrize(("n", "K"), [(1000, 1024), (200, 5000)])
+def test_what_is_searched_in_float64(n: int, K: int, dtype: torch.dtype) -> None:
+    z_ND, codes_KD = torch.randn(n, 400).to(dtype), torch.randn(K, 400).to(dtype)
+    with Storages([codes_KD]) as storages:
+        search_in_float64(z_ND.clone(), codes_KD)
+    assert storages.peak == pytest.approx(float64_bytes(n, K, 400, dtype.itemsize), rel=0.1)
+
+
+@pytest.mark.parametrize("tensor_size", [2, 8])
+@pytest.mark.parametrize(("tokens", "width"), [(3000, 256), (20000, 16)])
+def test_what_a_group_needs_to_compare_winners(tokens: int, width: int, tensor_size: int) -> None:
+    """With the process group that sends nothing: what is allocated does not depend on it."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tensor_size)
+    try:
+        groups = Groups(dist.group.WORLD, dist.group.WORLD)
+        z_ND, codes_KD = torch.randn(tokens, width), torch.randn(50, width)
+        index_N, norms = torch.zeros(tokens, dtype=torch.int64), code_norms(codes_KD)
+        search = GroupSearch(50 * tensor_size, groups, lambda *_: index_N)
+        with Storages([z_ND, codes_KD, index_N]) as storages:
+            search(z_ND, codes_KD, norms)
+    finally:
+        dist.destroy_process_group()
+    planned = group_bytes(tokens, width, 4, tensor_size)
+    assert storages.peak + index_N.nbytes == pytest.approx(planned, rel=0.1)
 
 
 def test_kept_codes_are_divided_over_a_tensor_parallel_group() -> None:

@@ -7,7 +7,7 @@
   convert     tools/convert_checkpoint.py against DeepSpeed's zero_to_fp32 on the same ZeRO-3
               checkpoint of 8 ranks: processor time, memory (about 3 minutes and 6 GB of disk)
   simvq       SimVQ against vector-quantize-pytorch's and the textbook's, forward and backward on
-              the CPU: time, memory, the right codes; on a GPU the kernel (about 4 minutes)
+              the CPU: time, memory, the right codes; on a GPU the kernel (about 6 minutes)
   data        decoding photographs, and resuming in the middle of a million samples, against
               webdataset with Pillow (one core, about 3 minutes)
   tokenize    tools/tokenize_shards.py against a loop of webdataset, Pillow and the model, a whole

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 
 import torch
+from torch import Tensor
 
 from vqrae_ds.models.quantizer import Search
-from vqrae_ds.ops.nearest_code import code_norms, nearest_code
+from vqrae_ds.ops.nearest_code import CodeNorms, code_norms, nearest_code
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +20,7 @@ TRIAL = (200, 300, 96)  # tokens, codes and dimensions
 
 def choose_search(*, on_gpu: bool) -> Search:
     """The search for the nearest codes; both find the same. The log says which, and why."""
-    obstacle = _obstacle(on_gpu)
+    obstacle = obstacle_of_kernels(on_gpu=on_gpu)
     if obstacle is not None:
         logger.info("nearest codes: tiles in PyTorch (%s)", obstacle)
         return nearest_code
@@ -28,8 +30,18 @@ def choose_search(*, on_gpu: bool) -> Search:
     return nearest_code_triton.nearest_code
 
 
-def _obstacle(on_gpu: bool) -> str | None:
-    """Why the kernels cannot run here."""
+def search_where_they_are(z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
+    """The search of a model that may be moved: it is chosen when the first tokens come."""
+    return _search_on(on_gpu=z_ND.is_cuda)(z_ND, codes_KD, norms)
+
+
+@functools.cache
+def _search_on(*, on_gpu: bool) -> Search:
+    return choose_search(on_gpu=on_gpu)
+
+
+def obstacle_of_kernels(*, on_gpu: bool) -> str | None:
+    """Why the Triton kernels cannot run here; `None` where they can, and find the right codes."""
     if not on_gpu:
         return "the Triton kernels need CUDA"
     capability = torch.cuda.get_device_capability()
@@ -38,10 +50,10 @@ def _obstacle(on_gpu: bool) -> str | None:
         return f"the Triton kernels need compute capability 8.0, this GPU has {found}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return _trial()
+    return _trial(torch.device("cuda"))
 
 
-def _trial() -> str | None:
+def _trial(device: torch.device) -> str | None:
     """A small search by the kernels, which a compiler may refuse to build for this GPU.
 
     In both precisions, for they are compiled for each. Better no kernel than a wrong one.
@@ -50,15 +62,17 @@ def _trial() -> str | None:
 
     num_tokens, num_codes, dim = TRIAL
     generator = torch.Generator().manual_seed(0)
-    z_ND = torch.randn(num_tokens, dim, generator=generator).cuda()
-    codes_KD = torch.randn(num_codes, dim, generator=generator).cuda()
+    z_ND = torch.randn(num_tokens, dim, generator=generator)
+    codes_KD = torch.randn(num_codes, dim, generator=generator)
+    z_ND[1::2] = (codes_KD[1:num_tokens:2] + codes_KD[: num_tokens - 1 : 2]) / 2  # near ties
     for dtype in (torch.bfloat16, torch.float32):
-        z, codes = z_ND.to(dtype), codes_KD.to(dtype)
-        try:
+        z, codes = z_ND.to(device, dtype), codes_KD.to(device, dtype)
+        try:  # what a GPU refuses may show as late as where the result is read
             found_N = nearest_code_triton.nearest_code(z, codes, code_norms(codes))
+            is_right = torch.equal(found_N, nearest_code(z, codes))
         except Exception as error:  # of Triton's, its compiler's or the driver's own classes
             first_line = str(error).partition("\n")[0]
             return f"the Triton kernels cannot be built here: {type(error).__name__}: {first_line}"
-        if not torch.equal(found_N, nearest_code(z, codes)):
+        if not is_right:
             return f"the Triton kernels find other codes in {dtype} on this GPU"
     return None

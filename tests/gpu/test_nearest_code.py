@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: the codes that the PyTorch search finds, and next to no memory."""
+"""The Triton kernels on a GPU: the codes that float64 finds, and next to no memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.test_nearest_code import make_inputs
+from vqrae_ds.benchmarks.simvq import find_mistakes
 from vqrae_ds.code_search import choose_search
 from vqrae_ds.ops.nearest_code import code_norms, nearest_code
 
@@ -22,14 +23,13 @@ SHAPES = [(16384, 16384, 1536), (1024, 16384, 1536), (300, 1000, 65), (1, 37, 3)
 @DTYPES
 @pytest.mark.parametrize("kind", ["random", "clustered", "shared offset"])
 @pytest.mark.parametrize(("N", "K", "D"), SHAPES)
-def test_equals_the_search_of_pytorch(
-    kind: str, N: int, K: int, D: int, dtype: torch.dtype
-) -> None:
+def test_both_searches_equal_float64(kind: str, N: int, K: int, D: int, dtype: torch.dtype) -> None:
     search = choose_search(on_gpu=True)
     assert search is not nearest_code, "the log says why"
     z_ND, codes_KD = (t.to("cuda", dtype) for t in make_inputs(kind, N, K, D))
     norms = code_norms(codes_KD)
-    assert torch.equal(search(z_ND, codes_KD, norms), nearest_code(z_ND, codes_KD, norms))
+    for each in (search, nearest_code):
+        assert find_mistakes(each(z_ND, codes_KD, norms), z_ND, codes_KD).wrong == 0
 
 
 @DTYPES
@@ -54,4 +54,4 @@ def test_memory_and_the_host_that_does_not_wait() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     extra = torch.cuda.max_memory_allocated() - before - index_N.nbytes
-    assert extra < 3e6
+    assert extra < 2e6

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_ranks
+from tests.test_code_distances import permuted_codes
 from vqrae_ds.config import DecoderConfig
 from vqrae_ds.models.decoder import Decoder
 from vqrae_ds.models.simvq import SimVQ
-from vqrae_ds.ops.nearest_code import nearest_code
+from vqrae_ds.ops.code_distances import pair_distances
+from vqrae_ds.ops.nearest_code import code_norms, nearest_code
 from vqrae_ds.parallel.codebook import ShardedCodebook
 from vqrae_ds.parallel.groups import make_groups
 from vqrae_ds.parallel.marks import is_split
@@ -46,6 +48,7 @@ def check_all(rank: int) -> None:
     parts = sliced_parts(NUM_CODES, groups, nearest_code)
     check_simvq(parts, use_ties=False)
     check_simvq(parts, use_ties=True)
+    check_that_the_first_of_equals_wins(parts)
     check_tokens_that_are_not_finite(parts)
     check_decoder(parts)
 
@@ -86,6 +89,17 @@ def check_simvq(parts: dict, *, use_ties: bool) -> None:
     entries = torch.arange(NUM_CODES)
     assert torch.equal(ours.get_codebook_entry(entries), whole.get_codebook_entry(entries))
     assert ours.get_codebook_usage() == whole.get_codebook_usage()
+
+
+def check_that_the_first_of_equals_wins(parts: dict) -> None:
+    """Where sums in another order make that of another rank the smaller one."""
+    whole_KD = permuted_codes(NUM_CODES)
+    z_ND, every_K = torch.zeros(1, whole_KD.shape[1]), torch.arange(NUM_CODES)
+    distances_K = pair_distances(z_ND, whole_KD, torch.zeros_like(every_K), every_K)
+    place = make_groups(RANKS, timedelta(seconds=60)).place
+    whole_KD = whole_KD.roll(NUM_CODES // 2 - int(distances_K.argmin()), 0)  # to the second rank
+    codes_KD = own_slice(whole_KD, split_of("quantizer.embedding.weight"), place).contiguous()
+    assert parts["search"](z_ND, codes_KD, code_norms(codes_KD)).tolist() == [0]
 
 
 def check_tokens_that_are_not_finite(parts: dict) -> None:

@@ -2,15 +2,18 @@
 
 The peers are vector-quantize-pytorch's SimVQ, its rotation trick off, and the textbook version; a
 row compares with the better of the two. The three take turns in one process, with two threads, so
-that a busy minute is one for all; times are medians. Memory is that of a process that takes two
-steps over that of one that builds the same and takes none, so gradients are in it.
+that a busy minute is one for all; times are medians. Memory is what a process has at its peak, in
+two steps, above what it has once all is built, so gradients are in it. It is that of the C
+library's allocator as it comes, which keeps some of what is freed. Under `mmap` the details have it
+where every tensor of a MB or more has pages of its own, which are given back when it is freed: what
+the tensors need.
 
 `accumulation_reuse` compares ours with itself: four micro steps that project the codes once, as the
 trainer does, against four that project them each time. Ours must find the codes that a float64
-search of all distances finds. Another one counts as a tie where its distance is larger by no more
-than fp32 keeps of a distance of that size, 2^-24 of it, both summed in float64 from differences.
+search of all distances finds: `ops.code_distances` says what a tie is, and of tied codes it must be
+the first. How many tokens have any is in the details.
 
-Where there is a GPU the rows of `simvq_gpu` follow.
+Where there is a GPU that can run the kernels, the rows of `simvq_gpu` follow.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,23 +32,44 @@ from torch import Tensor
 
 from vqrae_ds.benchmarks.convert import measure
 from vqrae_ds.benchmarks.launch import choose_machine
-from vqrae_ds.benchmarks.simvq_peers import OURS, PEERS, Quantize, Sizes, make, take_step, tokens
+from vqrae_ds.benchmarks.simvq_peers import (
+    OURS,
+    PEERS,
+    Quantize,
+    Sizes,
+    make,
+    make_ours,
+    take_step,
+    tokens,
+)
 from vqrae_ds.benchmarks.table import Report, Row, describe_machine
+from vqrae_ds.code_search import obstacle_of_kernels
 from vqrae_ds.models.simvq import SimVQ
+from vqrae_ds.ops.code_distances import SAME
 
 NUM_TOKENS = (1024, 4096)
 REUSE_TOKENS, MICRO_STEPS = 1024, 4
 MEMORY_STEPS = 2
 THREADS = 2
-TILE = 256  # tokens that the float64 search takes at once
-KEPT_OF_A_DISTANCE = 2.0**-24
+TILE = 128  # tokens that the float64 search takes at once
+# Distances from products are good for a first look; those of the nearest are from differences.
+NEAR, ROUNDING = 1 + 2.0**-20, 1e-12
+ALLOCATORS = {"default": {}, "mmap": {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}}
 
 
 class Mistakes(NamedTuple):
-    """Tokens whose code is another one than float64's: as near as fp32 can tell, or further."""
+    """Tokens with several nearest codes, and tokens for which another one was found."""
 
-    ties: int
+    tied: int
     wrong: int
+
+
+class Compared(NamedTuple):
+    """Times of all three, and whether ours found the right codes."""
+
+    row: Row
+    milliseconds: dict[str, list[float]]
+    mistakes: Mistakes
 
 
 def measure_simvq(rounds: int = 5, sizes: Sizes | None = None) -> Report:
@@ -57,36 +83,45 @@ def measure_simvq(rounds: int = 5, sizes: Sizes | None = None) -> Report:
     rows: list[Row] = []
     details: dict[str, Any] = {"threads": torch.get_num_threads()}
     try:
-        for number in NUM_TOKENS:
-            row, times = _compare_times(number, rounds, sizes)
+        times = {number: _compare_times(number, rounds, sizes) for number in NUM_TOKENS}
+        for row, seconds, _ in times.values():
             rows.append(row)
-            details[row.metric] = times
-        row, details["accumulation_reuse"] = _compare_reuse(rounds, sizes)
+            details[row.metric] = seconds
         memory_row, details["memory"] = _compare_memory(NUM_TOKENS[-1], sizes)
+        row, details["accumulation_reuse"] = _compare_reuse(rounds, sizes)
         rows += [memory_row, row]
-        for number in NUM_TOKENS:
-            mistakes = _mistakes_of_ours(number, sizes)
+        for number, (_, _, mistakes) in times.items():
             rows.append(Row(f"wrong_codes_n{number}", mistakes.wrong, 0, "allowed", "tokens"))
-            details[f"proven_ties_n{number}"] = mistakes.ties
+            details[f"tied_codes_n{number}"] = mistakes.tied
     finally:
         torch.set_num_threads(threads)
     machine = choose_machine()
     if machine.device_type == "cuda":
-        from vqrae_ds.benchmarks.simvq_gpu import measure_search
+        details["kernels"] = obstacle_of_kernels(on_gpu=True) or "run"
+        if details["kernels"] == "run":
+            from vqrae_ds.benchmarks.simvq_gpu import measure_search
 
-        rows += measure_search(sizes)
+            rows += measure_search(sizes)
     return Report("simvq", describe_machine(machine.device_type), rows, details)
 
 
-def _compare_times(number: int, rounds: int, sizes: Sizes) -> tuple[Row, dict[str, Any]]:
+def _compare_times(number: int, rounds: int, sizes: Sizes) -> Compared:
+    """And the mistakes of the very module that was timed."""
     z_1ND = tokens(number, sizes.dim)
-    quantizers = {name: make(name, sizes) for name in (OURS, *PEERS)}
+    ours = make_ours(sizes)
+    quantizers = {OURS: ours} | {name: make(name, sizes) for name in PEERS}
     steps = {n: _step_of(quantizer, z_1ND) for n, quantizer in quantizers.items()}
     seconds = take_turns(steps, rounds)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     peer = min(PEERS, key=medians.__getitem__)
     row = Row(f"time_n{number}", 1e3 * medians[OURS], 1e3 * medians[peer], peer, "ms")
-    return row, {n: [round(1e3 * s, 1) for s in times] for n, times in seconds.items()}
+    index_N = take_step(ours, z_1ND)[0]
+    mistakes = find_mistakes(index_N, z_1ND[0], ours.searched_codes().codes_KD)
+    return Compared(row, _milliseconds(seconds), mistakes)
+
+
+def _milliseconds(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {name: [round(1e3 * s, 1) for s in times] for name, times in seconds.items()}
 
 
 def _step_of(quantize: Quantize, z_1ND: Tensor) -> Callable[[], Any]:
@@ -112,10 +147,8 @@ def take_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 def _compare_reuse(rounds: int, sizes: Sizes) -> tuple[Row, dict[str, Any]]:
     """Ours with itself: the codes projected once a step, and once a micro step."""
-    torch.manual_seed(0)
-    z_1ND, simvq = tokens(REUSE_TOKENS, sizes.dim), SimVQ(*sizes)
-    reusing = SimVQ(*sizes)
-    reusing.load_state_dict(simvq.state_dict())
+    z_1ND = tokens(REUSE_TOKENS, sizes.dim)
+    reusing, projecting = make_ours(sizes), make_ours(sizes)
     reusing.keep_codes()
 
     def step(quantizer: SimVQ) -> None:
@@ -123,54 +156,55 @@ def _compare_reuse(rounds: int, sizes: Sizes) -> tuple[Row, dict[str, Any]]:
         for _ in range(MICRO_STEPS):
             take_step(quantizer, z_1ND)
 
-    seconds = take_turns({"with": lambda: step(reusing), "without": lambda: step(simvq)}, rounds)
-    ours, peer = (1e3 * statistics.median(seconds[name]) for name in ("with", "without"))
+    steps = {"with": lambda: step(reusing), "without": lambda: step(projecting)}
+    seconds = take_turns(steps, rounds)
+    ours, peer = (1e3 * statistics.median(seconds[name]) for name in steps)
     row = Row(f"accumulation_reuse_n{REUSE_TOKENS}", ours, peer, "ours without reuse", "ms")
-    return row, {n: [round(1e3 * s, 1) for s in times] for n, times in seconds.items()}
+    return row, _milliseconds(seconds)
 
 
-def _compare_memory(number: int, sizes: Sizes) -> tuple[Row, dict[str, float]]:
-    extra = {}
-    for name in (OURS, *PEERS):
-        idle, busy = (_peak_memory(name, number, sizes, steps) for steps in (0, MEMORY_STEPS))
-        extra[name] = (busy - idle) / 1e6
-    peer = min(PEERS, key=extra.__getitem__)
-    row = Row(f"peak_memory_n{number}", extra[OURS], extra[peer], peer, "MB")
-    return row, {name: round(value, 1) for name, value in extra.items()}
+def _compare_memory(number: int, sizes: Sizes) -> tuple[Row, dict[str, dict[str, float]]]:
+    extra = {
+        allocator: {
+            name: round(_extra_memory(name, number, sizes, variables) / 1e6, 1)
+            for name in (OURS, *PEERS)
+        }
+        for allocator, variables in ALLOCATORS.items()
+    }
+    found = extra["default"]
+    peer = min(PEERS, key=found.__getitem__)
+    return Row(f"peak_memory_n{number}", found[OURS], found[peer], peer, "MB"), extra
 
 
-def _peak_memory(name: str, number: int, sizes: Sizes, steps: int) -> int:
-    """Anonymous bytes at the peak of a process with one thread.
-
-    Every tensor of a MB or more has pages of its own there, which are given back when it is freed:
-    what the allocator would hold back for later says nothing of what is needed.
-    """
-    arguments = [name, *map(str, (number, *sizes, steps))]
-    module = "vqrae_ds.benchmarks.simvq_peers"
-    command = [sys.executable, "-m", module, *arguments]
-    return measure(command, MALLOC_MMAP_THRESHOLD_=str(1 << 20)).peak_anonymous_bytes
+def _extra_memory(name: str, number: int, sizes: Sizes, variables: dict[str, str]) -> int:
+    """Anonymous bytes at the peak of a process with one thread, above those once all is built."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "built"
+        arguments = [name, *map(str, (number, *sizes, MEMORY_STEPS, file))]
+        command = [sys.executable, "-m", "vqrae_ds.benchmarks.simvq_peers", *arguments]
+        peak = measure(command, **variables).peak_anonymous_bytes
+        return peak - int(file.read_text())
 
 
 @torch.no_grad()
-def _mistakes_of_ours(number: int, sizes: Sizes) -> Mistakes:
-    torch.manual_seed(0)
-    simvq, z_1ND = SimVQ(*sizes), tokens(number, sizes.dim)
-    index_N = simvq.find_codes(z_1ND)[0]
-    return mistakes(index_N, z_1ND[0], simvq.searched_codes().codes_KD)
-
-
-def mistakes(index_N: Tensor, z_ND: Tensor, codes_KD: Tensor) -> Mistakes:
-    """How many of the indices (N,) are not those of a float64 search."""
+def find_mistakes(index_N: Tensor, z_ND: Tensor, codes_KD: Tensor) -> Mistakes:
+    """How many of the indices (N,) are not those of a float64 search of all codes."""
     codes_KD = codes_KD.double()
     half_norms_K = codes_KD.square().sum(1) / 2
-    ties = wrong = 0
+    tied = wrong = 0
     for found_n, z_nD in zip(index_N.split(TILE), z_ND.double().split(TILE), strict=True):
-        expected_n = (half_norms_K - z_nD @ codes_KD.T).argmin(1)
-        found, expected = (
-            (z_nD - codes_KD[indices_n]).square().sum(1) for indices_n in (found_n, expected_n)
-        )
-        is_other_n = found_n != expected_n
-        is_wrong_n = is_other_n & (found > expected * (1 + KEPT_OF_A_DISTANCE))
-        wrong += int(is_wrong_n.sum())
-        ties += int((is_other_n & ~is_wrong_n).sum())
-    return Mistakes(ties, wrong)
+        sizes_n1 = z_nD.square().sum(1, keepdim=True)
+        distances_nK = sizes_n1 + 2 * (half_norms_K - z_nD @ codes_KD.T)
+        rounding_n1 = ROUNDING * (sizes_n1 + 2 * half_norms_K.amax())
+        limit_n1 = NEAR * distances_nK.amin(1, keepdim=True) + rounding_n1
+        token_P, code_P = (distances_nK <= limit_n1).nonzero(as_tuple=True)
+        distance_P = (z_nD[token_P] - codes_KD[code_P]).square().sum(1)
+        smallest_n = torch.full_like(distances_nK[:, 0], torch.inf)
+        smallest_n.scatter_reduce_(0, token_P, distance_P, "amin")
+        is_tied_P = distance_P <= SAME * smallest_n[token_P]
+        token_P, code_P = token_P[is_tied_P], code_P[is_tied_P]
+        first_n = torch.full_like(found_n, len(codes_KD))
+        first_n.scatter_reduce_(0, token_P, code_P, "amin")
+        tied += int((token_P.bincount() > 1).sum())
+        wrong += int((found_n != first_n).sum())
+    return Mistakes(tied, wrong)

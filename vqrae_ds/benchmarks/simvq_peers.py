@@ -2,21 +2,25 @@
 
 All three have the same frozen codebook and the same projection, without a bias for the library has
 none, and take tokens (1, N, D). As a program it takes steps in a process of its own, so that their
-memory can be measured from outside:
+memory can be measured from outside; FILE then has the memory before the first step, in bytes:
 
-    python -m vqrae_ds.benchmarks.simvq_peers NAME TOKENS CODES DIMENSIONS STEPS
+    python -m vqrae_ds.benchmarks.simvq_peers NAME TOKENS CODES DIMENSIONS STEPS FILE
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqrae_ds.benchmarks.convert import anonymous_memory
 from vqrae_ds.models.quantizer import QuantizerOutput
 from vqrae_ds.models.simvq import SimVQ
 
@@ -63,8 +67,7 @@ class Textbook(nn.Module):
 
 def make(name: str, sizes: Sizes) -> Quantize:
     """One of the three, its weights the same at every call and for every name."""
-    torch.manual_seed(0)
-    ours = SimVQ(*sizes, bias=False)
+    ours = make_ours(sizes)
     if name == OURS:
         return ours
     if name == TEXTBOOK:
@@ -85,6 +88,12 @@ def make(name: str, sizes: Sizes) -> Quantize:
     return quantize
 
 
+def make_ours(sizes: Sizes) -> SimVQ:
+    """As the trainer makes it, but for the bias."""
+    torch.manual_seed(0)
+    return SimVQ(*sizes, bias=False)
+
+
 def tokens(number: int, dim: int) -> Tensor:
     """Tokens (1, N, D) of standardised features, which know nothing of the codes."""
     return torch.randn(1, number, dim, generator=torch.Generator().manual_seed(1))
@@ -99,9 +108,11 @@ def take_step(quantize: Quantize, z_1ND: Tensor) -> Tensor:
 
 def main() -> None:
     """Build one of them and its tokens, and take the steps."""
-    name, *numbers = sys.argv[1:]
+    name, *numbers, file = sys.argv[1:]
     num_tokens, num_codes, dim, steps = map(int, numbers)
     quantize, z_1ND = make(name, Sizes(num_codes, dim)), tokens(num_tokens, dim)
+    gc.collect()
+    Path(file).write_text(str(anonymous_memory(os.getpid())))
     for _ in range(steps):
         take_step(quantize, z_1ND)
 

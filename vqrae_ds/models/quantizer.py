@@ -134,9 +134,10 @@ class Quantizer(nn.Module):
     def quantize(self, z_BND: Tensor) -> Quantized:
         """The nearest code of each token, the straight-through value, and the loss.
 
-        Training calls this and not `forward`: it reads nothing back from the device, and does not
-        refuse values that are not finite, for a rank that raises alone leaves its peers hanging in
-        their next collective. The loss is not finite then, which stops all ranks together.
+        Training calls this and not `forward`: nothing is read back from the device but by a search
+        that does (`ops.nearest_code`, and not its kernels), and values that are not finite are not
+        refused, for a rank that raises alone leaves its peers hanging in their next collective. The
+        loss is not finite then, which stops all ranks together.
         """
         indices_BN = self.find_codes(z_BND)
         code_BND = self.codes_at(indices_BN)  # of the chosen codes alone, with gradient

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vqrae_ds.code_search import search_where_they_are
 from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.config.checking import check
 from vqrae_ds.config.files import read_json
@@ -35,7 +36,6 @@ from vqrae_ds.models.encoders import build_encoder, check_images
 from vqrae_ds.models.quantizer import Quantizer, Search
 from vqrae_ds.models.simvq import Codebook, FrozenCodebook, SimVQ
 from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, weight_files
-from vqrae_ds.ops.nearest_code import nearest_code
 
 
 class VQRAEOutput(NamedTuple):
@@ -85,9 +85,10 @@ class VQRAE(nn.Module):
     loaded into the encoder; all else is random: `from_pretrained` loads a whole model. `options`
     are the other fields of `ModelConfig`, and `config` stands for all of them. `freeze_encoder`
     runs the encoder without gradient. `attention` is the transformers library's name of the
-    encoder's attention implementation, `search` finds the nearest codes, and of `codebook` and
-    `layers` quantiser and decoder are made. In training mode the blocks keep for the backward pass
-    what the checkpointings say; a frozen encoder has none.
+    encoder's attention implementation. `search` finds the nearest codes; left to itself it is the
+    one for the device (`code_search`). Of `codebook` and `layers` quantiser and decoder are made.
+    In training mode the blocks keep for the backward pass what the checkpointings say; a frozen
+    encoder has none.
 
     Raises `ValueError` for a field that is unknown or does not fit, and for weights that do not.
     """
@@ -102,7 +103,7 @@ class VQRAE(nn.Module):
         *,
         config: ModelConfig | None = None,
         attention: str = "sdpa",
-        search: Search = nearest_code,
+        search: Search = search_where_they_are,
         codebook: Codebook = FrozenCodebook,
         layers: Layers = WHOLE,
         encoder_checkpointing: Checkpointing = "none",

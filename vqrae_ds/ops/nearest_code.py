@@ -8,9 +8,9 @@ measured on these very tokens and codes, says which of the others could still be
     |screened score - score| <= bound(z), so that the nearest code has a screened score within
     2 bound(z) of the smallest one
 
-Where one code alone is within, it is the answer. Where a few are, their distances are taken in
-float64 from the differences. Where more are than were kept, the token is screened again in higher
-precision. So the result is that of an exact search, on any machine and with any size of tile.
+Where one code alone is within, it is the answer. Where a few are, `code_distances` says which of
+them is the nearest. Where more are than were kept, the token is screened again in higher precision.
+So the result is that of an exact search, on any machine and with any size of tile.
 
 Shapes: N tokens, K codes, D dimensions, M candidates of a token, P pairs of a token and a code;
 n and k count those of one tile.
@@ -19,15 +19,16 @@ n and k count those of one tile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vqrae_ds.ops.code_distances import SAME, lowest_tied, pair_distances, search_in_float64
+
 TILE_TOKENS = 1024
 TILE_CODES = 2048
-TILE_PAIRS = 128
 TILE_NORMS = 512  # codes
 CANDIDATES = 32  # that a screening keeps for each token
 
@@ -37,8 +38,11 @@ CANDIDATES = 32  # that a screening keeps for each token
 ROUNDING_OF_A_TERM = 4 * 2.0**-24
 FEW_TERMS = 16  # so that it holds for a few dimensions too
 MARGIN = 1.01  # the norms that make the bound are rounded themselves
+# Of a product: fp32 ends at 2^-126, and what the norms lose by it, as they are sums of squares, is
+# 2^-63 of a value, which beside a norm as small as that is 2^-126 over the 2^-22 of the bound.
+TINY = 2.0**-100
 ROUNDING_TO_BFLOAT16 = 2.0**-8
-SAME = 1 + 2.0**-40  # distances in float64 no further apart are tied: sums differ by their order
+ROUNDING_MODES = ("BF16", "F16", "TF32", "ANY")  # of oneDNN
 
 
 class CodeNorms(NamedTuple):
@@ -87,7 +91,7 @@ def nearest_code(z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms | None = None)
     """Indices (N,) int64 of the codes at the smallest L2 distance; ties go to the lowest index.
 
     Tokens and codes are fp32 or bf16. The values given are compared exactly, whatever the autocast
-    and the precision that torch is told to multiply with; a tie is what float64 cannot tell apart.
+    and the precision that torch is told to multiply with; `code_distances` says what a tie is.
     Beyond inputs and result, memory is that of a tile. Where `z` is not finite the index means
     nothing, but is one of the codebook. `norms` are those of `code_norms(codes_KD)`, which whoever
     searches the same codes again need not compute again.
@@ -103,13 +107,19 @@ def nearest_code(z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms | None = None)
     return index_N
 
 
-def error_bound(norm_n: Tensor, norms: CodeNorms, dimensions: int) -> Tensor:
+def error_bound(norm_n: Tensor, norms: CodeNorms, dimensions: int, additions: int) -> Tensor:
     """The error (n,) of scores that are summed in fp32, from |z - origin| of each token.
 
-    By the inequality of Cauchy and Schwarz: the terms sum to |z| |c| at most, signs left out.
+    `additions` are those that a product goes through at most: the dimensions, where all is one
+    sum. By the inequality of Cauchy and Schwarz: the products sum to |z| |c| at most, signs left
+    out. What is too small for fp32 comes on top, for a machine may take it for 0; and by how much
+    the score of a code that ties in float64 is larger.
     """
-    largest = norms.largest
-    return (dimensions + FEW_TERMS) * ROUNDING_OF_A_TERM * MARGIN * largest * (norm_n + largest)
+    relative = (additions + FEW_TERMS) * ROUNDING_OF_A_TERM * MARGIN
+    largest = norms.largest + TINY  # 0 times infinity would be nan
+    reach_n = norm_n + largest
+    bound_n = relative * largest * reach_n + dimensions * TINY * (1 + reach_n)
+    return bound_n + (SAME - 1) / 4 * reach_n.square()
 
 
 def _search_tile(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
@@ -124,7 +134,7 @@ def _search_tile(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
         if not len(left_n):
             return index_n
         tokens_nD = z_nD[left_n]
-    index_n[left_n] = _search_in_float64(tokens_nD, codes_KD, norms)
+    index_n[left_n] = search_in_float64(tokens_nD, codes_KD)
     return index_n
 
 
@@ -144,7 +154,13 @@ def _screening_dtypes(device_type: str, rounds_fp32: bool) -> tuple[torch.dtype,
 
 
 def _rounds_fp32(device_type: str) -> bool:
-    """Whether torch is told to round fp32 in matrix products, by its older or its newer switch."""
+    """Whether torch is told to round fp32 in matrix products, by either switch or oneDNN's own.
+
+    That is a variable of two names, which on CPUs of ARM is the usual way to ask for it.
+    """
+    names = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+    if device_type == "cpu" and any(os.environ.get(n, "").upper() in ROUNDING_MODES for n in names):
+        return True
     backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
     return backend.matmul.fp32_precision not in ("none", "ieee")
 
@@ -170,10 +186,11 @@ def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype
         indices_nM = torch.cat([indices_nM, positions_nm + first], 1)
         scores_nM, kept_nM = _smallest(scores_nM)
         indices_nM = indices_nM.gather(1, kept_nM)
-    bound_n = error_bound(norm_n, norms, z_nD.shape[1])
+    dimensions = z_nD.shape[1]
+    bound_n = error_bound(norm_n, norms, dimensions, dimensions)
     if dtype == torch.bfloat16:
         # With z = z' + r and c = c' + s, primes for bf16: <z, c> - <z', c'> = <z, s> + <r, c'>.
-        rounding = norms.largest_rounding
+        rounding = norms.largest_rounding + TINY
         rounding_n = norm_n * rounding + rounding_n * (norms.largest + rounding)
         # And the products may come back in bf16, rounded once.
         bound_n = bound_n + MARGIN * (rounding_n + ROUNDING_TO_BFLOAT16 * largest_n)
@@ -198,48 +215,19 @@ def _smallest(scores_nk: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _settle(z_nD: Tensor, codes_KD: Tensor, screened: Screened) -> tuple[Tensor, Tensor]:
-    """Indices (n,), and where they mean nothing yet: codes that were not kept may be nearer."""
+    """Indices (n,), and where they mean nothing yet: codes that were not kept may be nearer.
+
+    So it is where finite values have a bound that is not: fp32 is too small for their squares.
+    """
     scores_nM, indices_nM, bound_n = screened
-    is_near_nM = scores_nM <= scores_nM[:, :1] + 2 * bound_n[:, None]
+    limit_n = scores_nM[:, 0] + 2 * bound_n
+    is_near_nM = scores_nM <= limit_n[:, None]
     is_crowded_n = is_near_nM.all(1) & (len(codes_KD) > CANDIDATES)
+    is_crowded_n |= ~limit_n.isfinite() & ~bound_n.isnan()
     is_tied_n = (is_near_nM.sum(1) > 1) & ~is_crowded_n
     token_P, candidate_P = (is_near_nM & is_tied_n[:, None]).nonzero(as_tuple=True)
+    code_P = indices_nM[token_P, candidate_P]
     distances_nM = torch.full_like(scores_nM, torch.inf, dtype=torch.float64)
-    for token_p, candidate_p in zip(
-        token_P.split(TILE_PAIRS), candidate_P.split(TILE_PAIRS), strict=True
-    ):
-        codes_pD = codes_KD[indices_nM[token_p, candidate_p]]
-        difference_pD = z_nD[token_p].double() - codes_pD.double()
-        distances_nM[token_p, candidate_p] = difference_pD.square().sum(1)
-    is_nearest_nM = distances_nM <= SAME * distances_nM.amin(1, keepdim=True)
-    lowest_n = torch.where(is_nearest_nM, indices_nM, len(codes_KD)).amin(1)
-    return torch.where(is_tied_n, lowest_n, indices_nM[:, 0]), is_crowded_n
-
-
-def _search_in_float64(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
-    """Indices (n,) by scores in float64, the lowest of those that it cannot tell apart.
-
-    For tokens with so many codes as near as the nearest, to within fp32, that they were not kept.
-    The codes are scored twice: for the smallest score, and for the first that ties with it.
-    """
-    origin_D = norms.origin_D.double()
-    moved_nD = z_nD.double() - origin_D
-
-    def scored_tiles() -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, len(codes_KD), TILE_CODES):
-            moved_kD = codes_KD[first : first + TILE_CODES].double() - origin_D
-            yield first, moved_kD.square().sum(1) / 2 - moved_nD @ moved_kD.T
-
-    smallest_n = torch.full_like(moved_nD[:, 0], torch.inf)
-    for _, scores_nk in scored_tiles():
-        smallest_n = torch.minimum(smallest_n, scores_nk.amin(1))
-    largest = norms.largest.double()
-    terms = z_nD.shape[1] + FEW_TERMS
-    bound_n = terms * ROUNDING_OF_A_TERM * 2.0**-29 * largest * (moved_nD.norm(dim=1) + largest)
-    limit_n1 = (smallest_n + 2 * MARGIN * bound_n)[:, None]
-    index_n = torch.full((len(z_nD),), len(codes_KD) - 1, device=z_nD.device)
-    for first, scores_nk in scored_tiles():
-        codes_k = torch.arange(first, first + scores_nk.shape[1], device=z_nD.device)
-        tied_nk = torch.where(scores_nk <= limit_n1, codes_k, len(codes_KD))
-        index_n = torch.minimum(index_n, tied_nk.amin(1))
-    return index_n
+    distances_nM[token_P, candidate_P] = pair_distances(z_nD, codes_KD, token_P, code_P)
+    nearest_n = lowest_tied(distances_nM, indices_nM)
+    return torch.where(is_tied_n, nearest_n, indices_nM[:, 0]), is_crowded_n

@@ -1,22 +1,24 @@
-"""The search of `ops/nearest_code.py` by Triton kernels: one pass over the codes, no read back.
+"""The search of `ops/nearest_code.py` by Triton kernels: nothing is read back from the device.
 
 The result is that of the PyTorch search, for the argument is the same: `error_bound` holds for the
-scores of the screening kernel. Tokens and codes in bf16 are multiplied as they are, for a product
-of two of them is exact in fp32, in which they are summed. Others are multiplied as three products
-of their TF32 halves, which leaves 2^-20 of each product: less than FEW_TERMS stands for.
+scores of the kernels. Tokens and codes in bf16 are multiplied as they are, for a product of two of
+them is exact in fp32, in which they are summed. Others are multiplied as three products of their
+TF32 halves, which leaves 2^-20 of each product: less than FEW_TERMS stands for. Sums are those of
+one block of dimensions, then of the blocks, so that the longest has few terms, whatever D is.
 
-Of each tile of codes a token keeps the best, and of these the best SLOTS; of all others it keeps
-the smallest score. Where that is within the bound, one of the others may be the nearest, and the
-token is crowded: all codes are gone through again for it. Otherwise the nearest is among the kept
-ones. Both times distances are summed in float64 from the differences of the values as given.
+The screening goes through the codes once and keeps, for each token, the smallest score, its code,
+and the second smallest score. Where that is out of the bound's reach the code is the answer. The
+other tokens, one in a hundred of random ones, are gathered in blocks that go through the codes
+again: of each code within reach the distance is taken in float64, from the differences of the
+values as given. Twice, for the smallest distance, and then for the first code that ties with it.
 
-Beyond inputs and result it needs some 70 bytes a token where a token has one block of codes, else
-at most `SLOTS * 8` bytes a token and block of codes more; no matrix, and no copy of the codes.
+Beyond inputs and result it needs some 80 bytes a token, where tokens fill the GPU, else 12 bytes a
+token and split of the codes more; no matrix, and no copy of the codes.
 
 This file imports Triton: import it where the machine has a use for it (`code_search`). On a CPU
 it runs in Triton's interpreter alone, where TRITON_INTERPRET=1 is set before the import.
 
-Shapes: N tokens, K codes, D dimensions, S slots of a token.
+Shapes: N tokens, K codes, D dimensions, s splits of the codes.
 """
 
 from __future__ import annotations
@@ -28,31 +30,49 @@ import triton
 from torch import Tensor
 
 from vqrae_ds.ops.nearest_code import CodeNorms, code_norms, error_bound
-from vqrae_ds.ops.nearest_code_kernels import (
-    crowded_kernel,
-    norms_kernel,
-    screening_kernel,
-    settling_kernel,
-)
+from vqrae_ds.ops.nearest_code_kernels import norms_kernel, screening_kernel, settling_kernel
 
-SLOTS = 4
-RANGES = 64  # of the codes, for the programs that go through them for one crowded token
+HOPPER = 9  # the first generation that multiplies what lies in shared memory
+PAIRS_DIMENSIONS = 16
 
 
 class Blocks(NamedTuple):
-    """What a program of the screening has at once, and how it is compiled.
+    """What a program has at once, and how it is compiled.
 
-    Two stages of fp32 tiles, or three of bf16 ones, fit into 96 KiB of shared memory.
+    Chosen so that the tiles fit into 99 KiB of shared memory, and all else into the registers.
     """
 
     tokens: int
     codes: int
     dimensions: int
+    num_warps: int
     num_stages: int
 
 
-BFLOAT16_BLOCKS = Blocks(128, 128, 64, 3)
-FLOAT32_BLOCKS = Blocks(128, 128, 32, 2)
+class Plan(NamedTuple):
+    """The blocks of both kernels."""
+
+    screening: Blocks
+    settling: Blocks
+    in_bfloat16: bool
+
+
+class Screened(NamedTuple):
+    """The smallest score of each token and split, its code, and the second smallest score."""
+
+    smallest_Ns: Tensor
+    index_Ns: Tensor
+    second_Ns: Tensor
+
+
+def plan_of(dtypes: tuple[torch.dtype, torch.dtype], generation: int) -> Plan:
+    """For tokens and codes in `dtypes` on a GPU of a compute capability `generation`.x."""
+    if set(dtypes) != {torch.bfloat16}:
+        return Plan(Blocks(128, 64, 32, 8, 2), Blocks(64, 64, 16, 4, 2), in_bfloat16=False)
+    settling = Blocks(64, 64, 32, 4, 3)
+    if generation >= HOPPER:
+        return Plan(Blocks(128, 128, 64, 8, 3), settling, in_bfloat16=True)
+    return Plan(Blocks(128, 128, 32, 8, 4), settling, in_bfloat16=True)
 
 
 @torch.no_grad()
@@ -60,97 +80,123 @@ def nearest_code(z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms | None = None)
     """As `ops.nearest_code.nearest_code`, for tensors on a CUDA device."""
     norms = norms or code_norms(codes_KD)
     z_ND, codes_KD = z_ND.contiguous(), codes_KD.contiguous()
-    N, K = len(z_ND), len(codes_KD)
-    if not N:
+    if not len(z_ND):
         return torch.zeros(0, dtype=torch.int64, device=z_ND.device)
     with torch.cuda.device_of(z_ND):
-        bound_N = error_bound(_norms(z_ND, norms.origin_D), norms, z_ND.shape[1])
-        scores_NS, indices_NS, dropped_N = _screen(z_ND, codes_KD, norms)
-        smallest_N, slot_N = scores_NS.min(1)
+        plan = _plan(z_ND, codes_KD)
+        screened = _screen(z_ND, codes_KD, norms, plan)
+        smallest_N, split_N = screened.smallest_Ns.min(1)
+        bound_N = _bound(z_ND, norms, plan)
         limit_N = smallest_N + 2 * bound_N
-        is_crowded_N = dropped_N <= limit_N
-        index_N = indices_NS.gather(1, slot_N[:, None])[:, 0].long()
-        index_N.masked_fill_(is_crowded_N, K)
-        _settle(z_ND, codes_KD, scores_NS, indices_NS, limit_N, index_N)
-        _search_again(z_ND, codes_KD, is_crowded_N, index_N)
-    return index_N.clamp_(max=K - 1)  # distances that are not finite have no smallest
+        num_near_N = (screened.smallest_Ns <= limit_N[:, None]).sum(1, dtype=torch.int32)
+        num_near_N += (screened.second_Ns <= limit_N[:, None]).sum(1, dtype=torch.int32)
+        is_alone_N = (num_near_N == 1) & limit_N.isfinite() | bound_N.isnan()
+        index_N = screened.index_Ns.gather(1, split_N[:, None])[:, 0].long()
+        _settle(z_ND, codes_KD, norms, plan, limit_N, is_alone_N, index_N)
+    return index_N
 
 
-def _norms(z_ND: Tensor, origin_D: Tensor) -> Tensor:
-    """|z - origin| of each token, (N,)."""
-    norm_N = origin_D.new_empty(len(z_ND))
-    norms_kernel[(len(z_ND),)](z_ND, origin_D, norm_N, z_ND.shape[1], BLOCK_D=512, num_warps=2)
-    return norm_N
+def _plan(z_ND: Tensor, codes_KD: Tensor) -> Plan:
+    if not z_ND.is_cuda:  # the interpreter of Triton 3.9 multiplies the bits that bf16 is kept in
+        return plan_of((torch.float32, torch.float32), HOPPER)
+    generation, _ = torch.cuda.get_device_capability(z_ND.device)
+    return plan_of((z_ND.dtype, codes_KD.dtype), generation)
 
 
-def _screen(z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores and codes of the slots of each token, (N, S), and the smallest other score (N,).
+def _bound(z_ND: Tensor, norms: CodeNorms, plan: Plan) -> Tensor:
+    """The error (N,) of a score of each token, of either kernel."""
+    N, D = z_ND.shape
+    norm_N = norms.origin_D.new_empty(N)
+    norms_kernel[(N,)](
+        z_ND, norms.origin_D, norm_N, D, BLOCK_D=512, num_warps=2, enable_fp_fusion=True
+    )
+    additions = max(num_additions(blocks, D) for blocks in (plan.screening, plan.settling))
+    return error_bound(norm_N, norms, D, additions)
 
-    Where there are fewer blocks of tokens than processors, several go through the codes for one
-    block of tokens, each with slots of its own.
-    """
-    (N, D), K = z_ND.shape, len(codes_KD)
-    # In the interpreter of Triton 3.9 they are not: it multiplies the bits that they are kept in.
-    in_bfloat16 = z_ND.dtype == codes_KD.dtype == torch.bfloat16 and z_ND.is_cuda
-    blocks = BFLOAT16_BLOCKS if in_bfloat16 else FLOAT32_BLOCKS
+
+def num_additions(blocks: Blocks, dimensions: int) -> int:
+    """That a product goes through at most: those of its block, and then one for each block."""
+    return blocks.dimensions + triton.cdiv(dimensions, blocks.dimensions)
+
+
+def _screen(z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms, plan: Plan) -> Screened:
+    """Where there are fewer blocks of tokens than processors, several programs share the codes."""
+    (N, D), K, blocks = z_ND.shape, len(codes_KD), plan.screening
     token_blocks, code_blocks = triton.cdiv(N, blocks.tokens), triton.cdiv(K, blocks.codes)
     splits = max(1, min(_num_processors(z_ND.device) // token_blocks, code_blocks))
     codes_per_split = triton.cdiv(code_blocks, splits) * blocks.codes
     splits = triton.cdiv(K, codes_per_split)
-    scores_NS = norms.half_norms_K.new_empty(N, splits * SLOTS)
-    indices_NS = torch.empty_like(scores_NS, dtype=torch.int32)
-    dropped_Ns = scores_NS.new_empty(N, splits)
+    smallest_Ns = norms.half_norms_K.new_empty(N, splits)
+    index_Ns = torch.empty_like(smallest_Ns, dtype=torch.int32)
+    second_Ns = torch.empty_like(smallest_Ns)
     screening_kernel[(token_blocks, splits)](
-        *(z_ND, codes_KD, norms.origin_D, norms.half_norms_K),
-        *(scores_NS, indices_NS, dropped_Ns),
-        *(N, K, D, codes_per_split),
-        IN_BFLOAT16=in_bfloat16,
-        SLOTS=SLOTS,
-        BLOCK_N=blocks.tokens,
-        BLOCK_K=blocks.codes,
-        BLOCK_D=blocks.dimensions,
-        num_warps=8,
-        num_stages=blocks.num_stages,
+        z_ND,
+        codes_KD,
+        norms.origin_D,
+        norms.half_norms_K,
+        smallest_Ns,
+        index_Ns,
+        second_Ns,
+        N,
+        K,
+        D,
+        codes_per_split,
+        **_options(blocks, plan),
     )
-    return scores_NS, indices_NS, dropped_Ns.amin(1)
+    return Screened(smallest_Ns, index_Ns, second_Ns)
 
 
 def _settle(
     z_ND: Tensor,
     codes_KD: Tensor,
-    scores_NS: Tensor,
-    indices_NS: Tensor,
+    norms: CodeNorms,
+    plan: Plan,
     limit_N: Tensor,
+    is_alone_N: Tensor,
     index_N: Tensor,
 ) -> None:
-    """Set `index_N` where several slots are within the limit."""
-    settling_kernel[(len(z_ND),)](
-        *(z_ND, codes_KD, scores_NS, indices_NS, limit_N, index_N),
-        *(len(codes_KD), z_ND.shape[1]),
-        SLOTS=scores_NS.shape[1],
-        BLOCK_D=512,
-        num_warps=2,
-    )
-
-
-def _search_again(z_ND: Tensor, codes_KD: Tensor, is_crowded_N: Tensor, index_N: Tensor) -> None:
-    """Set `index_N` of the crowded tokens, wherever they are and however many.
+    """Set `index_N` of the tokens that are not alone, wherever they are and however many.
 
     The kernel is told where and how many by tensors, so that nobody waits for the device.
     """
     K, D = codes_KD.shape
-    order_N = is_crowded_N.to(torch.uint8).argsort(descending=True)
-    count = is_crowded_N.sum()
+    index_N.masked_fill_(~is_alone_N, K)
+    number_N = (~is_alone_N).cumsum(0)
+    count = number_N[-1:]
+    token_N = torch.arange(len(z_ND), device=z_ND.device)
+    place_N = torch.where(is_alone_N, count + token_N - number_N, number_N - 1)
+    order_N = torch.empty_like(token_N).scatter_(0, place_N, token_N)  # the others come first
     distance_N = torch.full_like(index_N, torch.inf, dtype=torch.float64)
-    for is_last in (False, True):  # the smallest distance; then the first code that has it
-        crowded_kernel[(4 * _num_processors(z_ND.device),)](
-            *(z_ND, codes_KD, order_N, count, distance_N, index_N),
-            *(K, D, triton.cdiv(K, RANGES)),
-            RANGES=RANGES,
+    for is_last in (False, True):
+        settling_kernel[(2 * _num_processors(z_ND.device),)](
+            z_ND,
+            codes_KD,
+            norms.origin_D,
+            norms.half_norms_K,
+            limit_N,
+            order_N,
+            count,
+            distance_N,
+            index_N,
+            K,
+            D,
             IS_LAST=is_last,
-            BLOCK_K=16,
-            BLOCK_D=128,
+            BLOCK_PAIRS_D=PAIRS_DIMENSIONS,
+            **_options(plan.settling, plan),
         )
+    index_N.clamp_(max=K - 1)  # distances that are not numbers have no smallest
+
+
+def _options(blocks: Blocks, plan: Plan) -> dict[str, bool | int]:
+    return {
+        "IN_BFLOAT16": plan.in_bfloat16,
+        "BLOCK_N": blocks.tokens,
+        "BLOCK_K": blocks.codes,
+        "BLOCK_D": blocks.dimensions,
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def _num_processors(device: torch.device) -> int:

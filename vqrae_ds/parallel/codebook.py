@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vqrae_ds.models.quantizer import Search
 from vqrae_ds.models.simvq import FrozenCodebook
+from vqrae_ds.ops.code_distances import lowest_tied, pair_distances
 from vqrae_ds.ops.nearest_code import TILE_TOKENS, CodeNorms, nearest_code
 from vqrae_ds.parallel.groups import Groups
 from vqrae_ds.parallel.marks import mark_split
@@ -58,8 +59,8 @@ class ShardedCodebook(FrozenCodebook):
 class GroupSearch:
     """The nearest of all ranks' codes; ties go to the lowest index, whatever the number of ranks.
 
-    `search` finds the nearest of this rank's. The winners are compared in float64, by the distance
-    itself.
+    `search` finds the nearest of this rank's, and what `ops.code_distances` says of codes holds for
+    the winners of the ranks.
     """
 
     def __init__(self, num_codes: int, groups: Groups, search: Search = nearest_code) -> None:
@@ -73,15 +74,11 @@ class GroupSearch:
         Codes and norms are those of this rank.
         """
         index_N = self.search(z_ND, codes_KD, norms)
-        tiles = zip(z_ND.split(TILE_TOKENS), index_N.split(TILE_TOKENS), strict=True)
-        distances = [(z.double() - codes_KD[i].double()).square().sum(1) for z, i in tiles]
-        distance_N = torch.cat(distances)
+        token_N = torch.arange(len(z_ND), device=z_ND.device)
+        distance_N = pair_distances(z_ND, codes_KD, token_N, index_N, TILE_TOKENS)
         # An index is exact in float64, so that both travel in one tensor.
         mine_N2 = torch.stack([distance_N, (index_N + self.first).double()], 1)
         all_RN2 = mine_N2.new_empty(self.groups.place.size, *mine_N2.shape)
         dist.all_gather(list(all_RN2), mine_N2, group=self.groups.tensor_group)
-        best_N2 = all_RN2[0]
-        for other_N2 in all_RN2[1:]:  # in the order of the codes: a tie stays with the lower one
-            is_nearer_N1 = other_N2[:, :1] < best_N2[:, :1]
-            best_N2 = torch.where(is_nearer_N1, other_N2, best_N2)
-        return best_N2[:, 1].long()
+        distances_RN, indices_RN = all_RN2.unbind(2)
+        return lowest_tied(distances_RN.T, indices_RN.T.long())

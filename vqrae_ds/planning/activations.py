@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vqrae_ds.config import ModelConfig, Run
+from vqrae_ds.ops import code_distances
 from vqrae_ds.ops.nearest_code import TILE_CODES, TILE_NORMS, TILE_TOKENS
 from vqrae_ds.planning.blocks import (
     FP32,
@@ -19,7 +20,7 @@ from vqrae_ds.planning.blocks import (
 )
 from vqrae_ds.planning.image_networks import convnext_bytes, discriminator_bytes, lpips_bytes
 
-BF16 = 2
+BF16, FP64 = 2, 8
 
 
 class Activations(NamedTuple):
@@ -137,19 +138,49 @@ def code_bytes(model: ModelConfig, size: int, tensor_size: int = 1) -> float:
 
 
 def search_bytes(model: ModelConfig, images: int, size: int, tensor_size: int = 1) -> float:
-    """The search of the nearest codes beside `code_bytes`, without gradient.
+    """The search of the nearest codes beside `code_bytes`, without gradient, at its worst.
 
-    It goes tile by tile in PyTorch; the kernels of ops/nearest_code_triton.py take next to nothing.
-    It moves and rounds the tokens, then a tile of codes, and makes of both products and scores.
+    That is in PyTorch: the kernels of ops/nearest_code_triton.py take next to nothing. It goes tile
+    by tile, some tokens go through float64, and a tensor-parallel group compares its winners.
     """
+    tokens = images * model.grid_side**2
     codes, width = -(-model.num_embeddings // tensor_size), model.embedding_dim
-    n, k = min(TILE_TOKENS, images * model.grid_side**2), min(TILE_CODES, codes)
+    tile = min(TILE_TOKENS, tokens)
+    searches = [screening_bytes(tile, codes, width, size), float64_bytes(tile, codes, width, size)]
+    if tensor_size > 1:
+        searches.append(group_bytes(tokens, width, size, tensor_size))
+    return max(searches)
+
+
+def screening_bytes(n: int, codes: int, width: int, size: int) -> float:
+    """A tile of n tokens against a tile of codes in bf16.
+
+    It moves and rounds the tokens, then the codes, and makes of both products and scores.
+    """
+    k = min(TILE_CODES, codes)
     tokens = (2 * FP32 + BF16) * n * width
     moved = FP32 + (FP32 if size < FP32 else BF16)  # of a code, in fp32 and to or from bf16
     new_codes = BF16 * n * width + moved * k * width
     scores = BF16 * n * width + (BF16 + FP32) * n * k
     norms = (FP32 + moved) * min(TILE_NORMS, codes) * width
     return max(tokens, new_codes, scores, norms)
+
+
+def float64_bytes(n: int, codes: int, width: int, size: int) -> float:
+    """The tokens of a tile that are left, gathered and moved; codes and squares, or new scores."""
+    k = min(code_distances.TILE_CODES, codes)
+    tokens = (size + FP64) * n * width
+    return tokens + FP64 * max(2 * k * width + n * k, k * width + 2 * n * k)
+
+
+def group_bytes(tokens: int, width: int, size: int, tensor_size: int) -> float:
+    """The distances of this rank's winners, tile by tile, or all ranks' winners.
+
+    A token has an index, a distance and its own number, then those of each rank: both as they came,
+    the index as such, whether it ties, and the index where it does.
+    """
+    tile = min(TILE_TOKENS, tokens) * width * (size + FP64)
+    return max(3 * FP64 * tokens + tile, (5 * FP64 + (4 * FP64 + 1) * tensor_size) * tokens)
 
 
 def _between(run: Run, images: int, size: int) -> float:
