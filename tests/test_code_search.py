@@ -13,8 +13,9 @@ import torch
 
 from tests.conftest import ROOT, run_python
 from tests.tiny import build_model, random_images
-from vqrae_ds import VQRAE, code_search
-from vqrae_ds.code_search import choose_search
+from vqrae_ds import VQRAE
+from vqrae_ds.ops import code_search
+from vqrae_ds.ops.code_search import choose_search
 from vqrae_ds.ops.nearest_code import nearest_code
 
 
@@ -60,7 +61,7 @@ def test_a_model_chooses_when_it_searches(caplog: pytest.LogCaptureFixture, tmp_
 
 TRIAL = """
 import torch
-from vqrae_ds import code_search
+from vqrae_ds.ops import code_search
 from vqrae_ds.ops import nearest_code_triton
 
 if {broken!r}:
@@ -86,6 +87,6 @@ def test_the_trial_finds_kernels_that_are_wrong(broken: str) -> None:
 
 
 def test_the_package_does_not_import_triton() -> None:
-    code = "import sys, vqrae_ds.code_search, vqrae_ds.ops.nearest_code; "
+    code = "import sys, vqrae_ds.ops.code_search, vqrae_ds.ops.nearest_code; "
     done = run_python("-c", code + "assert 'vqrae_ds.ops.nearest_code_kernels' not in sys.modules")
     assert done.returncode == 0, done.stderr

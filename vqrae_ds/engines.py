@@ -25,7 +25,6 @@ from transformers.initialization import no_init_weights
 
 from vqrae_ds import watchdog
 from vqrae_ds.attention import choose_attention
-from vqrae_ds.code_search import choose_search
 from vqrae_ds.config import Run
 from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO, for_engine
 from vqrae_ds.determinism import make_deterministic
@@ -33,6 +32,7 @@ from vqrae_ds.models.discriminator import build_discriminator as new_discriminat
 from vqrae_ds.models.encoders import build_encoder
 from vqrae_ds.models.training_model import TrainingModel
 from vqrae_ds.models.vqrae import VQRAE
+from vqrae_ds.ops.code_search import choose_search
 from vqrae_ds.parallel.groups import Groups, Ranks, make_data_groups, make_groups
 from vqrae_ds.parallel.model import sliced_parts
 from vqrae_ds.parallel.slices import ALONE

@@ -7,7 +7,7 @@ import torch
 
 from tests.test_nearest_code import make_inputs
 from vqrae_ds.benchmarks.simvq import find_mistakes
-from vqrae_ds.code_search import choose_search
+from vqrae_ds.ops.code_search import choose_search
 from vqrae_ds.ops.nearest_code import code_norms, nearest_code
 
 pytestmark = [

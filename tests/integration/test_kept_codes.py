@@ -26,8 +26,7 @@ from tests.tiny import (
 )
 from vqrae_ds import checkpoint
 from vqrae_ds.config import Run
-from vqrae_ds.models.quantizer import Search
-from vqrae_ds.ops.nearest_code import CodeNorms
+from vqrae_ds.ops.nearest_code import CodeNorms, Search
 from vqrae_ds.preparation import Setup
 
 pytestmark = pytest.mark.slow

@@ -43,9 +43,9 @@ from vqrae_ds.benchmarks.simvq_peers import (
     tokens,
 )
 from vqrae_ds.benchmarks.table import Report, Row, describe_machine
-from vqrae_ds.code_search import obstacle_of_kernels
 from vqrae_ds.models.simvq import SimVQ
 from vqrae_ds.ops.code_distances import SAME
+from vqrae_ds.ops.code_search import obstacle_of_kernels
 
 NUM_TOKENS = (1024, 4096)
 REUSE_TOKENS, MICRO_STEPS = 1024, 4

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqrae_ds.models.quantizer import Quantized, Quantizer, Search
-from vqrae_ds.ops.nearest_code import nearest_code
+from vqrae_ds.models.quantizer import Quantized, Quantizer
+from vqrae_ds.ops.nearest_code import Search, nearest_code
 
 
 class EMACodebook(Quantizer):

@@ -8,21 +8,14 @@ Shapes: B batch, N tokens, H x W grid of tokens, D embedding dimension, K codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vqrae_ds.ops.nearest_code import CodeNorms, code_norms, nearest_code
+from vqrae_ds.ops.nearest_code import CodeNorms, Search, code_norms, nearest_code
 
 AllReduce = Callable[[Tensor], object]  # sums a tensor over ranks, in place
-
-
-class Search(Protocol):
-    """Finds the nearest codes; `ops.nearest_code` says what that means, and what the norms are."""
-
-    def __call__(self, z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
-        """Indices (N,) int64."""
 
 
 class SearchedCodes(NamedTuple):

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqrae_ds.models.quantizer import Quantizer, Search, SearchedCodes
-from vqrae_ds.ops.nearest_code import code_norms, nearest_code
+from vqrae_ds.models.quantizer import Quantizer, SearchedCodes
+from vqrae_ds.ops.nearest_code import Search, code_norms, nearest_code
 
 PROJECTION_INITS = ("linear", "identity", "orthogonal")
 

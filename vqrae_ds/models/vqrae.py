@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vqrae_ds.code_search import search_where_they_are
 from vqrae_ds.config import ModelConfig, resolve_model
 from vqrae_ds.config.checking import check
 from vqrae_ds.config.files import read_json
@@ -33,9 +32,11 @@ from vqrae_ds.models.activation_checkpointing import Checkpointing
 from vqrae_ds.models.decoder import WHOLE, Decoder, Layers, unpatchify
 from vqrae_ds.models.ema_codebook import EMACodebook
 from vqrae_ds.models.encoders import build_encoder, check_images
-from vqrae_ds.models.quantizer import Quantizer, Search
+from vqrae_ds.models.quantizer import Quantizer
 from vqrae_ds.models.simvq import Codebook, FrozenCodebook, SimVQ
 from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, weight_files
+from vqrae_ds.ops.code_search import search_where_they_are
+from vqrae_ds.ops.nearest_code import Search
 
 
 class VQRAEOutput(NamedTuple):
@@ -86,7 +87,7 @@ class VQRAE(nn.Module):
     are the other fields of `ModelConfig`, and `config` stands for all of them. `freeze_encoder`
     runs the encoder without gradient. `attention` is the transformers library's name of the
     encoder's attention implementation. `search` finds the nearest codes; left to itself it is the
-    one for the device (`code_search`). Of `codebook` and `layers` quantiser and decoder are made.
+    one for the device (`ops.code_search`). Of `codebook` and `layers` quantiser and decoder are made.
     In training mode the blocks keep for the backward pass what the checkpointings say; a frozen
     encoder has none.
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,13 @@ class CodeNorms(NamedTuple):
     half_norms_K: Tensor  # |c|^2 / 2
     largest: Tensor  # () the largest |c|
     largest_rounding: Tensor  # () the largest |c - bf16(c)|
+
+
+class Search(Protocol):
+    """Finds the nearest codes."""
+
+    def __call__(self, z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
+        """Indices (N,) int64."""
 
 
 class Screened(NamedTuple):

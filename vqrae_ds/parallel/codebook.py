@@ -14,10 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqrae_ds.models.quantizer import Search
 from vqrae_ds.models.simvq import FrozenCodebook
 from vqrae_ds.ops.code_distances import lowest_tied, pair_distances
-from vqrae_ds.ops.nearest_code import TILE_TOKENS, CodeNorms, nearest_code
+from vqrae_ds.ops.nearest_code import TILE_TOKENS, CodeNorms, Search, nearest_code
 from vqrae_ds.parallel.groups import Groups
 from vqrae_ds.parallel.marks import mark_split
 from vqrae_ds.parallel.slices import COLUMN, bounds, own_slice

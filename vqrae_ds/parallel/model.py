@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from vqrae_ds.models.quantizer import Search
+from vqrae_ds.ops.nearest_code import Search
 from vqrae_ds.parallel.codebook import GroupSearch, ShardedCodebook
 from vqrae_ds.parallel.groups import Groups
 from vqrae_ds.parallel.layers import sliced_layers

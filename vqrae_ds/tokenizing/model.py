@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vqrae_ds.attention import choose_attention
-from vqrae_ds.code_search import choose_search
 from vqrae_ds.models.vqrae import VQRAE
+from vqrae_ds.ops.code_search import choose_search
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

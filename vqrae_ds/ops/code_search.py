@@ -9,8 +9,7 @@ import logging
 import torch
 from torch import Tensor
 
-from vqrae_ds.models.quantizer import Search
-from vqrae_ds.ops.nearest_code import CodeNorms, code_norms, nearest_code
+from vqrae_ds.ops.nearest_code import CodeNorms, Search, code_norms, nearest_code
 
 logger = logging.getLogger(__name__)
 
