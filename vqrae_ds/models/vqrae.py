@@ -87,9 +87,9 @@ class VQRAE(nn.Module):
     are the other fields of `ModelConfig`, and `config` stands for all of them. `freeze_encoder`
     runs the encoder without gradient. `attention` is the transformers library's name of the
     encoder's attention implementation. `search` finds the nearest codes; left to itself it is the
-    one for the device (`ops.code_search`). Of `codebook` and `layers` quantiser and decoder are made.
-    In training mode the blocks keep for the backward pass what the checkpointings say; a frozen
-    encoder has none.
+    one for the device (`ops.code_search`). Of `codebook` and `layers` quantiser and decoder are
+    made. In training mode the blocks keep for the backward pass what the checkpointings say; a
+    frozen encoder has none.
 
     Raises `ValueError` for a field that is unknown or does not fit, and for weights that do not.
     """
