@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import save_file
 
 from tests.zero_files import (
@@ -20,6 +21,7 @@ from tests.zero_files import (
     write_zero3,
 )
 from vqrae_ds.conversion.consolidate import consolidate
+from vqrae_ds.conversion.rank_files import load
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 
 
@@ -221,3 +223,21 @@ def test_code_in_a_file_is_refused_and_not_run(checkpoint, tmp_path, name, funct
     assert not trap.exists()
     torch.load(path, weights_only=False)
     assert trap.exists(), "the trap must be armed for this test to say anything"
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by name", "by value"])
+@pytest.mark.parametrize("stage", [ZeroStageEnum.gradients, ZeroStageEnum.weights])
+def test_a_stage_is_read_however_a_python_pickles_it(tmp_path, stage, named):
+    how = (
+        Payload(getattr, ZeroStageEnum, stage.name) if named else Payload(ZeroStageEnum, int(stage))
+    )
+    torch.save({"zero_stage": how}, tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=False) == {"zero_stage": stage}
+    assert load(tmp_path / "state.pt") == {"zero_stage": int(stage)}
+
+
+@pytest.mark.parametrize("name", ["__class__", "mro", "real", "no_such_stage"])
+def test_no_other_attribute_is_read(tmp_path, name):
+    torch.save({"zero_stage": Payload(getattr, ZeroStageEnum, name)}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="state.pt wants to load getattr, which is not data"):
+        load(tmp_path / "state.pt")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -190,7 +191,18 @@ class _Record:
     """Stands in for DeepSpeed's own classes: takes their attributes, runs none of their code."""
 
 
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _stage_by_name(kind: type, name: str) -> int:
+    """Stands in for `getattr`, by which some Pythons (3.11.2, Debian's) pickle an enumeration."""
+    if kind is not int or name not in _STAGES:
+        raise UnpicklingError(f"GLOBAL getattr of {name!r}")
+    return _STAGES[name]
+
+
 _ALLOWED = [
+    (_stage_by_name, "builtins.getattr"),
     (_Record, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Record, "deepspeed.utils.tensor_fragment.fragment_address"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
