@@ -13,18 +13,20 @@ import yaml
 from pydantic import BaseModel
 
 from tests.conftest import ROOT
+from vqrae_ds import watchdog
 from vqrae_ds.config import Run, TrainConfig, read_run
 from vqrae_ds.config.deepspeed_json import OWNED_ELSEWHERE
 from vqrae_ds.config.deepspeed_schema import DeepSpeedJson
 from vqrae_ds.config.files import BASE
 from vqrae_ds.launching.checkpoint_size import checkpoint_bytes, pretrained_bytes
 from vqrae_ds.monitoring.flops import flops_per_image
+from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS
 
 PAGES = sorted(p for p in ROOT.rglob("*.md") if ".venv" not in p.parts and "runs" not in p.parts)
 KEYS = ROOT / "ds_configs" / "README.md"
 LAUNCHERS = ROOT / "launchers" / "README.md"
 RECIPE = ROOT / "ds_configs" / "internvit_6b" / "README.md"
-NEEDED = "needed"
+NEEDED, ENDINGS = "needed", "How a run ended"
 PEAK_TFLOPS, MFU = 989, 0.40  # of the GPU that the recipes name
 
 
@@ -80,3 +82,29 @@ def test_every_key_of_the_json_is_documented() -> None:
     refused = KEYS.read_text().partition("are refused here:")[2]
     assert set(re.findall("`([^`]+)`", refused)) == set(OWNED_ELSEWHERE)
 
+
+
+def test_every_variable_of_a_launcher_is_documented() -> None:
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "launchers").iterdir():
+        if path.suffix in (".sh", ".sbatch", ""):
+            for name in re.findall(r"^(?:export )?\w+=\$\{([A-Z_]+):-", path.read_text(), re.MULTILINE):
+                found.setdefault(name, set()).add(path.name)
+    table = {name.strip("`"): where for name, where, _ in rows(LAUNCHERS, "Variables")}
+    assert table.keys() == found.keys()
+    for name, scripts in found.items():
+        patterns = re.findall("`([^`]+)`", table[name])
+        files = [path for path in (ROOT / "launchers").iterdir() if path.suffix != ".md"]
+        assert scripts == {f.name for f in files if any(map(f.match, patterns))}, name
+
+
+def test_every_launcher_has_its_row() -> None:
+    named = set(re.findall(r"^\| `([\w.]+)", LAUNCHERS.read_text(), re.MULTILINE))
+    scripts = {path.name for path in (ROOT / "launchers").iterdir() if path.suffix != ".md"}
+    assert scripts - named == {"site.sh", "Dockerfile.dockerignore"}
+
+
+def test_the_endings_of_a_run_are_those_of_the_code() -> None:
+    endings = {(name.strip("`"), int(status)) for name, status, _ in rows(LAUNCHERS, ENDINGS)}
+    markers = {(DONE, 0), (PREEMPTED, PREEMPTED_STATUS)}
+    assert endings == markers | {("none", status) for status in (1, 2, watchdog.EXIT_STATUS)}
