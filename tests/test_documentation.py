@@ -22,7 +22,8 @@ from vqrae_ds.launching.checkpoint_size import checkpoint_bytes, pretrained_byte
 from vqrae_ds.monitoring.flops import flops_per_image
 from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS
 
-PAGES = sorted(p for p in ROOT.rglob("*.md") if ".venv" not in p.parts and "runs" not in p.parts)
+FOLDERS = ("ds_configs", "launchers", "tools")
+PAGES = [ROOT / "README.md", *(page for f in FOLDERS for page in (ROOT / f).rglob("*.md"))]
 KEYS = ROOT / "ds_configs" / "README.md"
 LAUNCHERS = ROOT / "launchers" / "README.md"
 RECIPE = ROOT / "ds_configs" / "internvit_6b" / "README.md"
@@ -58,6 +59,7 @@ def rows(page: Path, title: str) -> list[list[str]]:
     """The cells of the table under a heading, without its head."""
     text = page.read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     lines = [line for line in text.split("\n") if line.startswith("| ")]
+    assert lines, f"{page} has no table under {title}"
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[1:]]
 
 
@@ -166,6 +168,7 @@ COMMANDS = [
     for command in block.replace("\\\n", " ").split("\n")
     if "ds_configs/internvit_6b/" in command and ".json" in command
 ]
+assert len(LINKS) > 10 and len(COMMANDS) > 10, "the patterns find them no more"
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=str)
