@@ -60,7 +60,7 @@ def rows(page: Path, title: str) -> list[list[str]]:
     text = page.read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     lines = [line for line in text.split("\n") if line.startswith("| ")]
     assert lines, f"{page} has no table under {title}"
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[1:]]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines[1:]]
 
 
 def test_every_key_of_the_yaml_is_documented_with_its_default() -> None:
@@ -123,7 +123,7 @@ def run_of(stage: str, gpus: int, json: str, *overrides: str) -> Run:
     )
 
 
-@pytest.mark.parametrize("row", rows(RECIPE, "Memory and time")[:16], ids=" ".join)
+@pytest.mark.parametrize("row", rows(RECIPE, "Memory and time"), ids=" ".join)
 def test_the_figures_of_the_recipe_are_the_planners(row: list[str]) -> None:
     from vqrae_ds.planning import GB, peak_bytes, plan, state_bytes
 
@@ -139,7 +139,7 @@ def test_the_figures_of_the_recipe_are_the_planners(row: list[str]) -> None:
     assert f"{run.config.data.samples_per_epoch / images_a_second / 3600:,.0f}" == hours
 
 
-@pytest.mark.parametrize("row", rows(RECIPE, "Memory and time")[16:][1:], ids=" ".join)
+@pytest.mark.parametrize("row", rows(RECIPE, "Disk"), ids=" ".join)
 def test_the_disk_of_the_recipe(row: list[str]) -> None:
     stage, size, at_once, frozen = row
     run = run_of(stage, 8, f"stage{stage}_zero3")
@@ -168,7 +168,7 @@ COMMANDS = [
     for command in block.replace("\\\n", " ").split("\n")
     if "ds_configs/internvit_6b/" in command and ".json" in command
 ]
-assert len(LINKS) > 10 and len(COMMANDS) > 10, "the patterns find them no more"
+assert len(LINKS) > 5 and len(COMMANDS) > 5, "the patterns find them no more"
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=str)
