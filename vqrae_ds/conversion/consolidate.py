@@ -12,20 +12,25 @@ What is stored, in which dtype:
     discriminator       discriminator.safetensors     left out
     teacher             left out                      left out
 
-Beside the weights: `config.json` (the model's, unchanged) and `conversion.json` (the source, and a
-digest of every file). Checkpoints that plain DeepSpeed wrote are read as well: all is then the
-model's, or what has the trainer's prefix `vqrae.`, held to the shapes of `model_config`.
+Beside the weights: `config.json` (the model's, unchanged), `conversion.json` (the source, and a
+digest of every file), and for inference a card, README.md, which has no digest: it is to be filled
+in. Checkpoints that plain DeepSpeed wrote are read as well: all is then the model's, or what has
+the trainer's prefix `vqrae.`, held to the shapes of `model_config`.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
+from vqrae_ds.config import ModelConfig, resolve_model
+from vqrae_ds.config.checking import check as check_section
+from vqrae_ds.config.files import read_json
 from vqrae_ds.conversion.checkpoint_source import (
     CheckpointSource,
     describe_source,
@@ -39,7 +44,10 @@ from vqrae_ds.conversion.record import RECORD_NAME, Record, find_damage, read_re
 from vqrae_ds.conversion.safetensors_stream import StreamedTensor, compare, write_file, write_model
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.manifest import MANIFEST_NAME, FileRecord, hash_file, sync
+from vqrae_ds.models.model_card import CARD, write_model_card
 from vqrae_ds.models.weights import check_names, check_shape
+
+logger = logging.getLogger(__name__)
 
 Target = Literal["stage2", "inference"]
 
@@ -92,6 +100,8 @@ def consolidate(
         path.write_text(source.model_config)
         sync(path)
         files[path.name] = hash_file(path)
+        if to == "inference":
+            _write_card(folder)
         write_record(folder, _describe(source, to, dtype, ema, files))
         if check is not None:
             check(folder)
@@ -122,6 +132,18 @@ def verify(
     differences = differences or find_damage(output, record, progress=progress)
     if differences:
         raise ValueError(f"{output} is not what {checkpoint} holds: {'; '.join(differences)}")
+
+
+def _write_card(folder: Path) -> None:
+    """Describe the model of `folder`, if this version can read its configuration."""
+    try:
+        raw = read_json(folder / "config.json", "the model's configuration")
+        config = resolve_model(check_section(ModelConfig, raw))
+    except ValueError as error:
+        logger.warning("no %s: config.json does not describe a model: %s", CARD, error)
+        return
+    write_model_card(folder, config)
+    sync(folder / CARD)
 
 
 def model_prefix(generator: ZeroCheckpoint) -> str:

@@ -32,6 +32,7 @@ from vqrae_ds.models.activation_checkpointing import Checkpointing
 from vqrae_ds.models.decoder import WHOLE, Decoder, Layers, unpatchify
 from vqrae_ds.models.ema_codebook import EMACodebook
 from vqrae_ds.models.encoders import build_encoder, check_images
+from vqrae_ds.models.model_card import write_model_card
 from vqrae_ds.models.quantizer import Quantizer
 from vqrae_ds.models.simvq import Codebook, FrozenCodebook, SimVQ
 from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, weight_files
@@ -217,11 +218,12 @@ class VQRAE(nn.Module):
                 yield module, module.reset_parameters
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, which `from_pretrained` reads."""
+        """Write `config.json`, `model.safetensors` and a card; `from_pretrained` reads the two."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / SINGLE_FILE)
         (folder / "config.json").write_text(config_json(self.config))
+        write_model_card(folder, self.config)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, attention: str = "sdpa") -> VQRAE:
