@@ -101,7 +101,7 @@ def _gathered(plan: Plan, batch: BatchArithmetic) -> list[Traffic]:
     engine = [part for part in plan.parts if part.engine == "generator" and part.kind != "buffers"]
     whole = sum(part.held for part in engine)
     size = value_size(plan.run) * (1 - plan.persistent / whole)
-    frozen = sum(part.held for part in _parts(plan, "frozen")) * size
+    frozen = (sum(part.held for part in _parts(plan, "frozen")) + _codes_again(plan)) * size
     first = sum(part.held for part in _parts(plan, "trained")) * size
     again = _gathered_again(plan) * size
     group, node = _data_group(plan, batch), node_size(plan)
@@ -132,12 +132,25 @@ def _gathered_again(plan: Plan) -> float:
     gathered for that as well.
     """
     memory, reuse = plan.run.config.memory, option(plan.run.deepspeed, "stage3_max_reuse_distance")
-    policies = {"encoder": memory.encoder_checkpointing, "decoder": memory.decoder_checkpointing}
+    checkpointed = {}
+    if memory.encoder_checkpointing != "none":
+        checkpointed["encoder"] = plan.encoder_blocks
+    if memory.decoder_checkpointing != "none":
+        checkpointed["decoder"] = plan.decoder_blocks
     trained = _parts(plan, "trained")
-    twice = sum(part.held for part in trained if policies.get(part.name, "none") != "none")
+    twice = sum(part.held * checkpointed.get(part.name, 0.0) for part in trained)
     values = sum(part.held for part in trained)
     stays = min(reuse / (3 if twice else 2), values)
     return values - stays + (twice if reuse < plan.largest_block else 0)
+
+
+def _codes_again(plan: Plan) -> int:
+    """SimVQ's codes and their projection: searched, then looked up.
+
+    The second time they are gathered again unless they stay until then.
+    """
+    codes = sum(p.held for p in plan.parts if p.name in ("codebook", "code projection"))
+    return codes if option(plan.run.deepspeed, "stage3_max_reuse_distance") < codes else 0
 
 
 def _tensor_parallel(plan: Plan, batch: BatchArithmetic) -> list[Traffic]:
