@@ -175,10 +175,13 @@ def test_where_the_states_are_besides_the_gpus() -> None:
 def test_the_way_out_of_too_little_memory() -> None:
     planned = plan(run_of("internvit_6b/stage2", gpus=1))
     text = describe_plan(planned, 1, 24)
-    assert "does not fit into 24 GB a GPU\nit fits from 16 GPUs on: " in text
+    assert (
+        "does not fit into 24 GB a GPU, of which 3 GB are a reserve\nit fits from 16 GPUs on: "
+        in text
+    )
     micro = "deepspeed.train_micro_batch_size_per_gpu=64"
     run = run_of("internvit_300m/stage2", micro, deepspeed="stage2_one_gpu", gpus=1)
-    text = describe_plan(plan(run), 1, 1)
+    text = describe_plan(plan(run), 1, 4)
     assert "it does not fit on any number of GPUs up to 4" in text
 
 
@@ -299,7 +302,11 @@ def test_the_tool_needs_neither_data_nor_weights(tmp_path: Path) -> None:
         (["--gpus", "x"], "argument --gpus: invalid int value: 'x' (--help shows an example)"),
         (["--gpus", "8", "--gpu-memory", "0"], "--gpu-memory 0 is not a size in GB: above 0"),
         (["--gpus", "8", "run.epoch=3"], "run.epoch = 3 is not a key of the YAML; did you mean"),
-        ([], "the following arguments are required: --gpus (--help shows an example)"),
+        ([], "one of the arguments --gpus --sweep is required (--help shows an example)"),
+        (["--sweep", "8,x"], "--sweep 8,x is no list of numbers of GPUs: 8,64,512 for example"),
+        (["--sweep", "8,3"], "with this micro batch it can run on 1, 2, 4, 8 ranks"),
+        (["--gpus", "8", "--mfu", "40"], "--mfu 40 is no share of the peak: above 0, at most 1"),
+        (["--gpus", "8", "--peak-tflops", "0"], "--peak-tflops 0 is not a peak in TFLOP/s: above"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], expected: str) -> None:

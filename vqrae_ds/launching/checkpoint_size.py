@@ -26,13 +26,15 @@ class Counts(NamedTuple):
     discriminator: int
 
 
-def checkpoint_bytes(run: Run) -> int:
+def checkpoint_bytes(run: Run, counts: Counts | None = None) -> int:
     """Bytes of one checkpoint, to within a few percent; some 0.1 MB a rank come on top.
+
+    Without `counts` they are those of `count_parameters`.
 
     A trained parameter is stored as master and moments (`zero_pp_rank_*_optim_states.pt`), and
     below ZeRO-3 once more in its own dtype; a frozen one in its own dtype; EMA adds fp32.
     """
-    counts, json = count_parameters(run), run.deepspeed
+    counts, json = counts or count_parameters(run), run.deepspeed
     own = BF16 if run.bf16 else FP32
     state = BF16 if get(json, "bf16.bf16_master_weights_and_grads") else FP32
     params = get(json, "optimizer.params") or {}

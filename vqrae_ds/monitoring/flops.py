@@ -48,6 +48,22 @@ def encoder_flops(run: Run) -> float:
     return float(_patch_embedding(run.config.model) + _encoder_blocks(run.config.model))
 
 
+def recomputed_flops(run: Run) -> float:
+    """FLOPs an image that `full` activation checkpointing computes twice: blocks that train.
+
+    `selective` keeps the results of all matrix products and of attention.
+    """
+    config, model, decoder = run.config, run.config.model, run.config.model.decoder
+    flops = 0
+    if config.stage == 2 and config.memory.encoder_checkpointing == "full":
+        flops += _encoder_blocks(model)
+    if config.memory.decoder_checkpointing == "full":
+        mlp_weights = 2 * decoder.hidden_size * decoder.intermediate_size
+        block = _block(model.grid_side**2, decoder.hidden_size, mlp_weights)
+        flops += decoder.num_layers * block
+    return float(flops)
+
+
 def _linear(tokens: int, width_in: int, width_out: int) -> int:
     return 2 * tokens * width_in * width_out
 

@@ -48,6 +48,8 @@ class Plan(NamedTuple):
     note: str  # on the size of the encoder, where other sources count it otherwise
     largest_block: int = 0  # parameters of the largest block or layer of the generator
     persistent: int = 0  # parameters so small that ZeRO-3 keeps them whole
+    encoder_blocks: float = 1.0  # share of the encoder's parameters that is in its blocks
+    decoder_blocks: float = 1.0
 
     def count(self, kind: str) -> int:
         """The number of parameters that are `trained` or `frozen`."""
@@ -77,8 +79,13 @@ def plan(run: Run) -> Plan:
     layers = [block for stack in stacks for block in stack]
     layers += [module for module in vqrae.modules() if not list(module.children())]
     largest = max(_count(dict(layer.named_parameters())) for layer in layers)
+    whole = (_count(dict(m.named_parameters())) for m in (vqrae.encoder, vqrae.decoder))
+    shares = [
+        _count(dict(stack.named_parameters())) / count
+        for stack, count in zip(stacks, whole, strict=True)
+    ]
     note = _note_on_the_encoder(vqrae, config.model)
-    return Plan(run, tuple(parts), note, largest, _persistent(vqrae, run))
+    return Plan(run, tuple(parts), note, largest, _persistent(vqrae, run), *shares)
 
 
 def _persistent(vqrae: VQRAE, run: Run) -> int:

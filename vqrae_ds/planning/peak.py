@@ -80,7 +80,7 @@ def update_bytes(plan: Plan, gpus: int) -> float:
     trained = [p.held for p in plan.parts if p.engine == "generator" and p.kind == "trained"]
     largest = max(trained) / data_gpus(plan, gpus)
     if stage == 3:
-        largest = min(largest, _option(deepspeed, "sub_group_size"))
+        largest = min(largest, option(deepspeed, "sub_group_size"))
     return 2 * largest * parameter_bytes(deepspeed, stage).master
 
 
@@ -114,10 +114,10 @@ def gathered_bytes(plan: Plan) -> float:
     if zero_stage(run.deepspeed) != 3:
         return 0.0
     held = min(
-        max(plan.largest_block, _option(run.deepspeed, "stage3_max_reuse_distance") / 2),
+        max(plan.largest_block, option(run.deepspeed, "stage3_max_reuse_distance") / 2),
         _in_engine(plan),
     )
-    if not _option(run.deepspeed, "memory_efficient_linear"):
+    if not option(run.deepspeed, "memory_efficient_linear"):
         memory = run.config.memory
         policies = {
             "encoder": memory.encoder_checkpointing,
@@ -129,8 +129,8 @@ def gathered_bytes(plan: Plan) -> float:
             if part.kind == "trained" and policies.get(part.name) == "none"
         )
         held = max(held, whole)
-    room = max(_option(run.deepspeed, "stage3_max_live_parameters") - held, 0)
-    ahead = min(room, _option(run.deepspeed, "stage3_prefetch_bucket_size"))
+    room = max(option(run.deepspeed, "stage3_max_live_parameters") - held, 0)
+    ahead = min(room, option(run.deepspeed, "stage3_prefetch_bucket_size"))
     values = min(held + ahead, _in_engine(plan)) + plan.persistent
     return values * value_size(run)
 
@@ -167,7 +167,7 @@ def details_of_peak(plan: Plan, gpus: int) -> list[Row]:
     ]
     rows += [Row(f"  {name}", size, "kept") for name, size in parts.kept.items()]
     rows += [Row(f"  {name}", size, "one of these") for name, size in parts.passing.items()]
-    if parts.after:
+    if "discriminator" in parts.passing:
         what = "without what is kept but the codes"
         rows.append(Row("  discriminator's own step", parts.after, what))
     rows.append(Row("optimizer's step", peak.optimizer_step, "when the micro steps are over"))
@@ -185,7 +185,7 @@ def gathered_a_micro_step(plan: Plan, gpus: int) -> str:
     if part.engine == "resident":
         return start + "nothing, it is resident"
     size = part.count * value_size(plan.run) / GB
-    node = _option(plan.run.deepspeed, "zero_hpz_partition_size")
+    node = option(plan.run.deepspeed, "zero_hpz_partition_size")
     everywhere = "from all GPUs" if plan.tensor_size == 1 else "from a data group"
     group = data_gpus(plan, gpus)
     group, where = (node, "inside the node") if node > 1 else (group, everywhere)
@@ -194,9 +194,9 @@ def gathered_a_micro_step(plan: Plan, gpus: int) -> str:
 
 
 def _buckets(deepspeed: Mapping[str, Any], size: int, trained: int) -> float:
-    if not _option(deepspeed, "contiguous_gradients"):
+    if not option(deepspeed, "contiguous_gradients"):
         return 0.0
-    stage, bucket = zero_stage(deepspeed), _option(deepspeed, "reduce_bucket_size")
+    stage, bucket = zero_stage(deepspeed), option(deepspeed, "reduce_bucket_size")
     if stage == 3:
         return (bucket + min(bucket, trained)) * size
     sums_in_fp32 = get(deepspeed, "data_types.grad_accum_dtype") == "fp32"
@@ -205,7 +205,8 @@ def _buckets(deepspeed: Mapping[str, Any], size: int, trained: int) -> float:
     return bucket * size * (2 if get(deepspeed, "zero_optimization.overlap_comm") else 1)
 
 
-def _option(deepspeed: Mapping[str, Any], name: str) -> Any:
+def option(deepspeed: Mapping[str, Any], name: str) -> Any:
+    """A value of `zero_optimization`, or DeepSpeed's default."""
     given = get(deepspeed, f"zero_optimization.{name}")
     return DEFAULTS[name] if given is None else given
 

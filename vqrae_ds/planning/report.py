@@ -7,6 +7,7 @@ from typing import Any
 
 from vqrae_ds.config.deepspeed_json import batch_arithmetic
 from vqrae_ds.monitoring.flops import encoder_flops
+from vqrae_ds.planning.fitting import RESERVE, fits, possible_gpus, smallest_fit
 from vqrae_ds.planning.parts import Plan
 from vqrae_ds.planning.peak import (
     Peak,
@@ -22,12 +23,13 @@ from vqrae_ds.planning.states import (
     is_offloaded,
     parameter_bytes,
     state_bytes,
+    state_bytes_by_kind,
     zero_stage,
 )
 
 NOT_PLANNED = (
-    "not planned: fragmentation of the allocator, workspaces of kernels, the CUDA "
-    "context and NCCL's buffers"
+    "not planned, and what the reserve is for: fragmentation of the allocator, workspaces of "
+    "kernels, the CUDA context and NCCL's buffers"
 )
 
 DIVIDED = {  # by ZeRO stage
@@ -62,6 +64,7 @@ def describe_plan(plan: Plan, gpus: int, gpu_memory: float) -> str:
         *_repeated_encoder(plan, gpus),
         f"model states {total:.1f} GB of {gpu_memory:g} GB a GPU, of which the generator "
         f"{generator / GB:.1f} (GB = 10^9 bytes)",
+        _by_kind(plan, gpus),
         "",
         *_peak_in_words(plan, gpus, gpu_memory),
     ]
@@ -79,10 +82,21 @@ def _peak_in_words(plan: Plan, gpus: int, gpu_memory: float) -> list[str]:
     lines += ["", gathered_a_micro_step(plan, gpus)]
     if is_offloaded(plan.run.deepspeed):
         lines.append(f"host: {host_bytes(plan) / GB:.1f} GB over all ranks, for the optimizer")
-    fits = peak.total <= gpu_memory * GB
-    verb = "fits" if fits else "does not fit"
-    lines.append(f"the peak of {peak.total / GB:.1f} GB {verb} into {gpu_memory:g} GB a GPU")
-    return lines if fits else [*lines, _way_out(plan, peak, gpu_memory)]
+    is_enough = fits(plan, gpus, gpu_memory)
+    verb = "fits" if is_enough else "does not fit"
+    lines.append(
+        f"the peak of {peak.total / GB:.1f} GB {verb} into {gpu_memory:g} GB a GPU, of which "
+        f"{RESERVE / GB:g} GB are a reserve"
+    )
+    return lines if is_enough else [*lines, _way_out(plan, peak, gpu_memory)]
+
+
+def _by_kind(plan: Plan, gpus: int) -> str:
+    kinds = state_bytes_by_kind(plan, gpus)
+    return (
+        f"by kind: parameters {kinds.parameters / GB:.2f}, gradients {kinds.gradients / GB:.2f}, "
+        f"masters and moments {kinds.optimizer / GB:.2f} GB"
+    )
 
 
 def _repeated_encoder(plan: Plan, gpus: int) -> list[str]:
@@ -131,15 +145,14 @@ def _describe_bytes(deepspeed: Mapping[str, Any]) -> str:
 
 def _way_out(plan: Plan, peak: Peak, gpu_memory: float) -> str:
     """The smallest number of GPUs that the batch can be divided by and the peak fits on."""
-    micro_batches = plan.run.schedule.batch.global_batch // plan.run.schedule.batch.micro_batch
-    for groups in (n for n in range(1, micro_batches + 1) if micro_batches % n == 0):
-        gpus = groups * plan.tensor_size
-        size = peak_bytes(plan, gpus).total / GB
-        if size <= gpu_memory:
-            return f"it fits from {gpus} GPUs on: {size:.1f} GB a GPU"
+    least = smallest_fit(plan, gpu_memory)
+    if least is not None:
+        return f"it fits from {least.gpus} GPUs on: {least.peak / GB:.1f} GB a GPU"
+    most = possible_gpus(plan)[-1]
+    size = peak_bytes(plan, most).total / GB
     largest = "activations" if peak.activations > peak.states else "model states"
     return (
-        f"it does not fit on any number of GPUs up to {gpus}, where it is {size:.1f} GB a GPU. "
+        f"it does not fit on any number of GPUs up to {most}, where it is {size:.1f} GB a GPU. "
         f"Most of it are {largest}: a smaller micro batch, memory.*_checkpointing: full and "
         "another DeepSpeed JSON take less"
     )

@@ -27,13 +27,27 @@ class ParameterBytes(NamedTuple):
     optimizer: int
 
 
+class StateBytes(NamedTuple):
+    """Bytes of a part on one GPU, by kind; `optimizer` holds masters and moments."""
+
+    parameters: float
+    gradients: float = 0.0
+    optimizer: float = 0.0
+
+
 def state_bytes(plan: Plan, gpus: int, tensor_size: int | None = None) -> list[float]:
     """Bytes of model states on each of `gpus` GPUs, a number for each part of the plan.
 
     With `tensor_size` ZeRO divides as it would if tensor-parallel groups had this size.
     """
     size = plan.tensor_size if tensor_size is None else tensor_size
-    return [_bytes(part, plan.run.deepspeed, gpus, size) for part in plan.parts]
+    return [sum(_bytes(part, plan.run.deepspeed, gpus, size)) for part in plan.parts]
+
+
+def state_bytes_by_kind(plan: Plan, gpus: int) -> StateBytes:
+    """Bytes of model states on each of `gpus` GPUs, over all parts of the plan."""
+    parts = (_bytes(part, plan.run.deepspeed, gpus, plan.tensor_size) for part in plan.parts)
+    return StateBytes(*(sum(kind) for kind in zip(*parts, strict=True)))
 
 
 def data_gpus(plan: Plan, gpus: int) -> int:
@@ -70,24 +84,22 @@ def _on_gpu(deepspeed: Mapping[str, Any], stage: int) -> ParameterBytes:
     return ParameterBytes(size.parameter, 0, 0, 0) if is_offloaded(deepspeed) else size
 
 
-def _bytes(part: Part, deepspeed: Mapping[str, Any], gpus: int, tensor_size: int) -> float:
+def _bytes(part: Part, deepspeed: Mapping[str, Any], gpus: int, tensor_size: int) -> StateBytes:
     if part.engine == "none":
-        return part.count * FP32
+        return StateBytes(part.count * FP32)
     if part.engine == "discriminator":  # as `engines.build_discriminator` configures it
         enabled = get(deepspeed, "bf16.enabled") or False
         changes = {"zero_optimization": DISCRIMINATOR_ZERO, "bf16": {"enabled": enabled}}
         deepspeed = {**deepspeed, **changes}
+    else:  # the discriminator is divided over all ranks
+        gpus //= tensor_size
     stage = zero_stage(deepspeed)
     size = _on_gpu(deepspeed, stage)
-    whole, divided = size.parameter, 0
-    if part.kind == "trained":
-        whole, divided = size.parameter + size.gradient, size.master + size.optimizer
-        if stage == 2:
-            whole, divided = size.parameter, size.gradient + divided
-    node = get(deepspeed, "zero_optimization.zero_hpz_partition_size") or 1
+    parameters = part.held * size.parameter
     if stage == 3 and part.engine != "resident":
-        in_node = size.parameter / node if node > 1 else 0
-        whole, divided = in_node, whole + divided
-    if part.engine != "discriminator":  # that one is divided over all ranks
-        gpus //= tensor_size
-    return part.held * (whole + divided / gpus)
+        node = get(deepspeed, "zero_optimization.zero_hpz_partition_size") or 1
+        parameters = parameters / gpus + (parameters / node if node > 1 else 0)
+    if part.kind != "trained":
+        return StateBytes(parameters)
+    gradients = part.held * size.gradient / (gpus if stage >= 2 else 1)
+    return StateBytes(parameters, gradients, part.held * (size.master + size.optimizer) / gpus)

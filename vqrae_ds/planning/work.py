@@ -1,0 +1,66 @@
+"""FLOPs of a step, and how long the step and the whole schedule take at a given MFU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vqrae_ds.monitoring.flops import flops_per_image, recomputed_flops
+from vqrae_ds.planning.parts import Plan
+from vqrae_ds.planning.traffic import Bandwidth, step_traffic, traffic_seconds
+
+H100_TFLOPS = 989.0  # dense bf16, SXM; NVIDIA's data sheet prints twice as much, with sparsity
+
+
+class Speed(NamedTuple):
+    """What a GPU does: peak in TFLOP/s, the share of it that a step reaches, and its links."""
+
+    peak_tflops: float = H100_TFLOPS
+    mfu: float = 0.4  # of model FLOPs, as `perf/mfu` of a run
+    bandwidth: Bandwidth = Bandwidth()
+
+
+class Work(NamedTuple):
+    """FLOPs of the model in an optimizer step of all GPUs, and times.
+
+    `recomputed` are FLOPs that checkpointing adds, which an MFU does not count. A step takes the
+    longer one of its work at the given MFU and its communication, which hide behind each other.
+    """
+
+    flops: float
+    recomputed: float
+    mfu_seconds: float
+    traffic_seconds: float
+    steps: int
+    gpus: int
+    images: int  # of the whole schedule
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole schedule, as `days`."""
+        return self.days * 24 * self.gpus
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one optimizer step."""
+        return max(self.mfu_seconds, self.traffic_seconds)
+
+    @property
+    def days(self) -> float:
+        """Of the whole schedule, without saves, validation and standstill."""
+        return self.steps * self.step_seconds / 86400
+
+
+def work(plan: Plan, gpus: int, speed: Speed) -> Work:
+    """The work of a run on `gpus` GPUs."""
+    run, batch = plan.run, plan.run.schedule.batch.global_batch
+    flops = flops_per_image(run) * batch
+    steps = run.schedule.total_steps
+    return Work(
+        flops=flops,
+        recomputed=recomputed_flops(run) * batch,
+        mfu_seconds=flops / (gpus * speed.peak_tflops * 1e12 * speed.mfu),
+        traffic_seconds=traffic_seconds(step_traffic(plan, gpus), speed.bandwidth),
+        steps=steps,
+        gpus=gpus,
+        images=steps * batch,
+    )
