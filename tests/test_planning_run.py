@@ -68,11 +68,12 @@ def test_kinds_of_states_are_the_parts() -> None:
 
 def test_disk_of_the_6b() -> None:
     """12 bytes a trained parameter, and the frozen encoder once in bf16."""
-    disk = disk_bytes(plan(run_of("internvit_6b/stage1")))
+    no_gan = "losses.adversarial=null"
+    disk = disk_bytes(plan(run_of("internvit_6b/stage1", no_gan)))
     assert disk.checkpoint == pytest.approx(12 * TRAINED[1], rel=0.01)
     assert (disk.number, disk.pretrained) == (4, 2 * ENCODER)
     assert disk.total == 4 * disk.checkpoint + disk.pretrained
-    more = ["ema={decay: 0.999}", "run.epochs=null", "run.total_steps=2000"]
+    more = [no_gan, "ema={decay: 0.999}", "run.epochs=null", "run.total_steps=2000"]
     more.append("deepspeed.scheduler.params.warmup_num_steps=100")
     few = disk_bytes(plan(run_of("internvit_6b/stage1", *more)))
     assert few.number == 2
@@ -214,6 +215,19 @@ def test_a_sweep_is_a_row_for_each_number() -> None:
         hours = work(planned, int(row[0]), Speed()).gpu_hours
         assert float(row[-1].replace(",", "")) == pytest.approx(hours, abs=1)
     assert "hours" not in describe_sweep(plans, None)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_figures_of_the_readme(stage: int) -> None:
+    planned = plan(run_of(f"internvit_6b/stage{stage}", gpus=8))
+    moved, done = sum(traffic_of(planned, 8).values()), work(planned, 8, Speed())
+    row = (
+        f"| {stage} | {sum(state_bytes(planned, 8)) / GB:.1f} GB a GPU "
+        f"| {peak_bytes(planned, 8).total / GB:.1f} GB "
+        f"| {moved / 1e12:.1f} TB, {done.traffic_seconds:.0f} s at 400 GB/s "
+        f"| {done.step_seconds:.0f} s | {disk_bytes(planned).total / GB:.0f} GB |"
+    )
+    assert row in (ROOT / "README.md").read_text()
 
 
 def test_the_tool_shows_all_of_it(tmp_path: Path) -> None:
