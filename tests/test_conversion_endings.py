@@ -64,7 +64,7 @@ def test_an_interrupted_conversion_cleans_up(large, tmp_path, number, status, wa
     wait(output, process)
     process.send_signal(number)
     _, error = process.communicate()
-    assert process.returncode == status
+    assert process.returncode == status, error
     assert error.splitlines()[-1].startswith("error: ") and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
 

@@ -241,3 +241,19 @@ def test_no_other_attribute_is_read(tmp_path, name):
     torch.save({"zero_stage": Payload(getattr, ZeroStageEnum, name)}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="state.pt wants to load getattr, which is not data"):
         load(tmp_path / "state.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_every_byte_may_be_another_one(tmp_path):
+    """What is no file any more is a `ValueError` with its name, whatever PyTorch says of it."""
+    path = tmp_path / "state.pt"
+    torch.save({"global_steps": 7}, path)
+    intact, refused = path.read_bytes(), 0
+    for place in range(len(intact)):
+        path.write_bytes(intact[:place] + bytes([intact[place] ^ 0xFF]) + intact[place + 1 :])
+        try:
+            load(path)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 100

@@ -229,4 +229,6 @@ def load(file: Path) -> Any:
             raise ValueError(
                 f"{file} wants to load {refused[1]}, which is not data: refused"
             ) from None
-        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+        # Of some damages PyTorch's reader says nothing but that there is one.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} cannot be read: {reason}") from error

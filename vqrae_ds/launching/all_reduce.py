@@ -52,7 +52,7 @@ def main() -> None:
     try:
         result = measure(settings, began + settings.seconds)
     except (RuntimeError, ValueError, ImportError) as error:
-        sys.exit(str(error).strip().splitlines()[0])
+        sys.exit((str(error).strip() or type(error).__name__).splitlines()[0])
     sys.stdout.write(f"\n{MARK}{json.dumps(result)}\n")
     sys.stdout.flush()
     os._exit(0)  # threads of a process group may hold up the interpreter's end
