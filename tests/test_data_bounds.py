@@ -66,10 +66,16 @@ def test_the_largest_image_takes_no_more_than_is_said(
     decoding = Decoding(limits=Limits(pixels=SIDE * SIDE))
     small = encode(drawn("L").crop((0, 0, 64, 64)), format)
     decode_crop(small, centre_crop, image_size=64)  # libraries have their own first use
-    data, peaks = encode(drawn(mode), format, **options), {}
-    with sampled_memory(peaks):
-        decode_crop(data, centre_crop, image_size=64, decoding=decoding)
-    assert 3 * SIDE * SIDE < peaks["RssAnon"] < bytes_a_pixel * SIDE * SIDE + 8 * MiB
+    data = encode(drawn(mode), format, **options)
+
+    def peak() -> int:
+        peaks: dict[str, int] = {}
+        with sampled_memory(peaks):
+            decode_crop(data, centre_crop, image_size=64, decoding=decoding)
+        return peaks["RssAnon"]
+
+    # Whatever else the process does meanwhile can only add to what decoding takes.
+    assert 3 * SIDE * SIDE < min(peak() for _ in range(3)) < bytes_a_pixel * SIDE * SIDE + 8 * MiB
 
 
 @pytest.mark.parametrize("marker", [*WITHOUT_LENGTH, COMMENT])
