@@ -64,8 +64,8 @@ def python_without_torch(folder: Path) -> Path:
     """An environment that can read configurations and no more, as one beside a container."""
     venv.create(folder, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    wanted = ("pydantic", "pydantic_core", "annotated_types", "typing_inspection", "yaml", "xxhash")
-    for name in (*wanted, "typing_extensions.py"):
+    wanted = ("pydantic", "pydantic_core", "annotated_types", "typing_inspection", "yaml")
+    for name in (*wanted, "xxhash", "braceexpand", "typing_extensions.py"):
         (packages / name).symlink_to(Path(sysconfig.get_path("purelib"), name))
     return folder / "bin" / "python"
 
