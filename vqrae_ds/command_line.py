@@ -32,17 +32,27 @@ def run_tool(main: Callable[[], None]) -> None:
 
     SIGTERM unwinds the stack, as Ctrl-C does, so that no half-written file is left behind.
     """
-    before = signal.signal(signal.SIGTERM, _unwind)
+    signals: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> NoReturn:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, _unwind), signal.signal(signal.SIGINT, note)
     try:
         main()
-    except USER_ERRORS as error:
-        exit_with(error)
-    except OSError as error:
-        exit_with(error, status=1)
-    except KeyboardInterrupt:
-        exit_with(InterruptedError("interrupted"), status=128 + signal.SIGINT)
+    except (Exception, KeyboardInterrupt) as error:
+        # A library may make an error of its own of the interruption: safetensors does.
+        if signals or isinstance(error, KeyboardInterrupt):
+            exit_with(InterruptedError("interrupted"), status=128 + signal.SIGINT)
+        if isinstance(error, USER_ERRORS):
+            exit_with(error)
+        if isinstance(error, OSError):
+            exit_with(error, status=1)
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
 
 
 def end_process_after(main: Callable[[], None]) -> NoReturn:
