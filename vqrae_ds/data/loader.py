@@ -43,6 +43,8 @@ def load(
     `prefetch_batches` ahead. Memory is pinned where there is a GPU.
     """
     in_processes = {
+        # A child of its rank notices that the rank is gone; one of a server that forks does not.
+        "multiprocessing_context": "fork",
         "persistent_workers": True,
         "prefetch_factor": prefetch_batches,
         "worker_init_fn": _leave_stopping_to_the_rank,
