@@ -17,11 +17,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from tests.conftest import ROOT
-from vqrae_ds.data.decode import load_image
+from vqrae_ds.data.decode import as_bytes, load_image
 from vqrae_ds.data.shard_writing import find_images
 from vqrae_ds.evaluation.frechet import Moments, frechet_distance
 from vqrae_ds.evaluation.inception import Inception
-from vqrae_ds.evaluation.measuring import as_bytes
 from vqrae_ds.evaluation.metrics import image_figures
 from vqrae_ds.losses.perceptual import PerceptualLoss
 

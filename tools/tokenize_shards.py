@@ -6,8 +6,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vqrae_ds.command_line import OneLineParser, configure_logging, run_tool
+
+if TYPE_CHECKING:
+    from vqrae_ds.config import DataConfig
 
 EXAMPLES = """\
 examples:
@@ -51,7 +55,7 @@ def main() -> None:
     fields = ("bad_samples", "num_workers", "max_image_bytes", "max_image_pixels")
     given = {name: getattr(args, name) for name in fields}
     data = check_section(DataConfig, {"train": args.shards, **given}, prefix="data.")
-    check_indexes(args.shards)
+    check_indexes(data)
 
     # From here on torch is needed, which takes seconds to import.
     import torch
@@ -125,12 +129,12 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output} is no folder: name a new one")
 
 
-def check_indexes(pattern: str) -> None:
+def check_indexes(data: DataConfig) -> None:
     """Raise `ValueError` where a folder of shards has no index."""
-    from vqrae_ds.config.patterns import expand_braces
+    from vqrae_ds.config.data_paths import data_folders
     from vqrae_ds.data.index import missing_index
 
-    for folder in expand_braces(pattern):
+    for folder in data_folders(data).values():
         if fault := missing_index(Path(folder)):
             raise ValueError(fault)
 

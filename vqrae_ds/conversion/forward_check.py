@@ -18,6 +18,7 @@ from vqrae_ds.conversion.free_memory import free_memory
 from vqrae_ds.conversion.record import read_record
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.models.vqrae import VQRAE, read_config
+from vqrae_ds.models.weights import set_dtype
 
 _WORKING_BYTES = 1 << 30  # for one tensor as it is read and for the activations of one image
 
@@ -62,8 +63,7 @@ def compare_forward(
 
 def _fill(model: VQRAE, weights: ZeroCheckpoint, prefix: str, dtype: torch.dtype) -> VQRAE:
     """The model, which is on `meta`, with the weights of the checkpoint; buffers stay fp32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    set_dtype(model, dtype)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, target in model.state_dict().items():

@@ -125,6 +125,11 @@ def as_float(pixels_3SS: torch.Tensor) -> torch.Tensor:
     return pixels_3SS.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
+def as_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Floats in [0, 1], of any shape, to the nearest of 256 values, uint8."""
+    return (images * 255).round().to(torch.uint8)
+
+
 def broken_images(paths: Iterable[Path]) -> list[str]:
     """A line for each file that cannot be decoded: a bad one would end a training."""
     broken = []

@@ -9,6 +9,7 @@ from. Keys are labels only: no path is built from one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -269,16 +270,19 @@ def _samples(table: Table | bytes, num_samples: int, shard_size: int) -> ShardSa
 
 def _read_table(table: Table) -> bytes:
     """It is asked for twice: a file server may have moved on. Raises `BadSample`."""
-    for is_last in (False, True):
-        try:
-            with open(table.file, "rb") as file:
-                file.seek(table.offset)
-                return file.read(table.length)
-        except OSError as error:
-            if is_last:
-                message = f"the table of a shard's samples cannot be read: {table.file}: {error}"
-                raise BadSample(message, UNREADABLE) from error
-    raise AssertionError("the second attempt returns or raises")
+
+    def read() -> bytes:
+        with open(table.file, "rb") as file:
+            file.seek(table.offset)
+            return file.read(table.length)
+
+    with contextlib.suppress(OSError):
+        return read()
+    try:
+        return read()
+    except OSError as error:
+        message = f"the table of a shard's samples cannot be read: {table.file}: {error}"
+        raise BadSample(message, UNREADABLE) from error
 
 
 def _rebuild(folder: Path) -> str:

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
 from multiprocessing import util
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -42,6 +42,14 @@ def load(
     Without `positions` the samples come in batches already, as lists of items. Each worker is
     `prefetch_batches` ahead. Memory is pinned where there is a GPU.
     """
+    how = {"batch_size": None} if positions is None else {"batch_sampler": positions}
+    return read_ahead(samples, num_workers, prefetch_batches, collate_fn=_collate, **how)
+
+
+def read_ahead(
+    samples: Dataset, num_workers: int, prefetch_batches: int, **how: Any
+) -> Iterator[Any]:
+    """What a `DataLoader` of these workers gives; `how` are other arguments of it."""
     in_processes = {
         # A child of its rank notices that the rank is gone; one of a server that forks does not.
         "multiprocessing_context": "fork",
@@ -49,11 +57,9 @@ def load(
         "prefetch_factor": prefetch_batches,
         "worker_init_fn": _leave_stopping_to_the_rank,
     }
-    how = {"batch_size": None} if positions is None else {"batch_sampler": positions}
     loader = DataLoader(
         samples,
         **how,
-        collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         # A loader draws a number as it starts; a resumed run must not take it from the model's RNG.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -31,10 +32,9 @@ def read_sample(sample: Sample, max_bytes: int) -> bytes:
     """
     if sample.length > max_bytes:
         raise BadSample(f"{sample.length} bytes is over the limit of {max_bytes}", TOO_LONG)
-    try:
+    # Left before the second attempt, lest the error keep the old descriptor open.
+    with contextlib.suppress(OSError, BadSample):
         return _read(sample)
-    except (OSError, BadSample):
-        pass  # left before the second attempt, lest the error keep the old descriptor open
     _open.cache_clear()
     try:
         return _read(sample)

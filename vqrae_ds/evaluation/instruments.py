@@ -15,10 +15,9 @@ from vqrae_ds.evaluation.metrics import SSIM_WINDOW
 from vqrae_ds.losses.perceptual import MIN_SIDE, PerceptualLoss, find_weights
 from vqrae_ds.models.encoders import Encoder, build_encoder
 from vqrae_ds.models.vqrae import VQRAE, read_config
-from vqrae_ds.models.weights import WeightFolder, copy_weights
+from vqrae_ds.models.weights import DTYPES, WeightFolder, copy_weights, set_dtype
 
 Dtype = Literal["fp32", "bf16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Wanted(NamedTuple):
@@ -61,7 +60,7 @@ def open_instruments(
     original = None
     if wanted.original is not None:
         original = load_encoder(wanted.original, model.config)
-        _set_dtype(original, model.decoder.head.weight.dtype)
+        set_dtype(original, model.decoder.head.weight.dtype)
         original = original.to(device)
     perceptual = None
     if side < MIN_SIDE:
@@ -77,7 +76,7 @@ def load_model(folder: Path, dtype: Dtype | None, device: torch.device) -> VQRAE
     """A consolidated folder on a device, in evaluation mode, its buffers in fp32 as always."""
     model = VQRAE.from_pretrained(folder)
     if dtype is not None:
-        _set_dtype(model, _DTYPES[dtype])
+        set_dtype(model, DTYPES[dtype])
     model = model.to(device).requires_grad_(False)
     model.quantizer.keep_codes()  # no weight changes any more: they are projected once
     return model
@@ -107,11 +106,6 @@ def _check_same_network(folder: Path, config: ModelConfig) -> None:
     for name in ("encoder_cls", "encoder_config", "feature_layer"):
         if getattr(other, name) != getattr(config, name):
             raise ValueError(f"--encoder {folder}: its {name} is not that of the model")
-
-
-def _set_dtype(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _missing_lpips(weights: Path | None) -> str | None:

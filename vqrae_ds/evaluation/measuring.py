@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqrae_ds.data.decode import as_bytes
 from vqrae_ds.data.stream import EvaluationBatch
 from vqrae_ds.evaluation.metrics import image_figures
 from vqrae_ds.losses.distillation import feature_cosine
@@ -73,11 +74,6 @@ def reconstruct(model: VQRAE, images_B3SS: Tensor) -> Reconstructed:
     model.quantizer.check_finite(output.z_BNE)
     images_hat = as_bytes(output.reconstruction).float() / 255
     return Reconstructed(images_hat, output.features_BND, output.indices_Bhw.flatten(1))
-
-
-def as_bytes(images_B3HW: Tensor) -> Tensor:
-    """Floats in [0, 1] to the nearest of 256 values, uint8."""
-    return (images_B3HW * 255).round().to(torch.uint8)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from vqrae_ds.models.encoders import build_encoder, check_images
 from vqrae_ds.models.model_card import write_model_card
 from vqrae_ds.models.quantizer import Quantizer
 from vqrae_ds.models.simvq import Codebook, FrozenCodebook, SimVQ
-from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, weight_files
+from vqrae_ds.models.weights import SINGLE_FILE, WeightFolder, copy_weights, set_dtype, weight_files
 from vqrae_ds.ops.code_search import search_where_they_are
 from vqrae_ds.ops.nearest_code import Search
 
@@ -238,9 +238,8 @@ class VQRAE(nn.Module):
         config, weights = read_config(folder), WeightFolder(folder)
         with torch.device("meta"):  # no value is drawn only to be overwritten
             model = cls(config=config, freeze_encoder=False, attention=attention)
-        dtype = weights.read("decoder.head.weight").dtype  # a frozen encoder may be stored in less
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        # That of the decoder: a frozen encoder may be stored in less.
+        set_dtype(model, weights.read("decoder.head.weight").dtype)
         model.to_empty(device="cpu")
         copy_weights(model, weights)
         model.quantizer.reset_unsaved_buffers()

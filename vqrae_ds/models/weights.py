@@ -17,6 +17,7 @@ from vqrae_ds.config.files import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by their names at a command line
 
 
 def weight_files(
@@ -134,6 +135,12 @@ def copy_weights(
         check_shape(weights, name, tuple(target.shape))
     for name, target in targets.items():
         target.copy_(weights.read(name))
+
+
+def set_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters to `dtype`; buffers, statistics among them, stay as they are."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vqrae_ds.data.decode import as_bytes
 from vqrae_ds.manifest import write_json_atomically
 from vqrae_ds.tokenizing.code_shard import is_sound, read_columns
 from vqrae_ds.tokenizing.folder import listed_header, read_manifest
@@ -94,4 +95,4 @@ def write_images(
 
 def to_8_bits(image_3HW: Tensor) -> np.ndarray:
     """(3, H, W) in [0, 1] -> uint8 (H, W, 3), rounded to the nearest."""
-    return (image_3HW * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return as_bytes(image_3HW).permute(1, 2, 0).cpu().numpy()

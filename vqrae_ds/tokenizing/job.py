@@ -7,6 +7,7 @@ processes, the batch size, and whether bad samples are skipped or refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -129,9 +130,8 @@ def begin_or_join(output: Path, job: Job) -> None:
         partial = path.with_name(f".{JOB_NAME}.{uuid.uuid4().hex}")
         write_sealed(partial, {"format_version": FORMAT_VERSION, **job._asdict()})
         try:
-            os.link(partial, path)
-        except FileExistsError:
-            pass
+            with contextlib.suppress(FileExistsError):
+                os.link(partial, path)
         finally:
             partial.unlink()
     check_same(output, read_job(output), job)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from vqrae_ds.attention import choose_attention
 from vqrae_ds.models.vqrae import VQRAE
+from vqrae_ds.models.weights import DTYPES, set_dtype
 from vqrae_ds.ops.code_search import choose_search
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_for_encoding(folder: Path, device: torch.device, dtype: str) -> Callable[[Tensor], Tensor]:
@@ -63,6 +62,5 @@ def default_dtype(device: torch.device) -> str:
 def _move(parts: tuple[nn.Module, ...], device: torch.device, dtype: str) -> None:
     """Parameters to `dtype`, as `from_pretrained` has them; buffers stay fp32."""
     for part in parts:
-        for parameter in part.parameters():
-            parameter.data = parameter.data.to(DTYPES[dtype])
+        set_dtype(part, DTYPES[dtype])
         part.to(device)

@@ -7,18 +7,18 @@ Suffixes: B samples of a piece that could be used, 3 channels, S side of the squ
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vqrae_ds.data.crops import Crop, centre_crop
 from vqrae_ds.data.decode import Decoding, decode_sample
 from vqrae_ds.data.faults import BadSample
 from vqrae_ds.data.index import ShardIndex
+from vqrae_ds.data.loader import read_ahead
 from vqrae_ds.tokenizing.code_shard import SkippedSample
 
 
@@ -65,21 +65,9 @@ def decoded_pieces(
 
     Raises `BadSample` naming shard and key at an image that cannot be used, unless `skip_bad`.
     """
-    in_processes = {
-        "persistent_workers": True,
-        "prefetch_factor": prefetch_batches,
-        "worker_init_fn": _leave_interrupts_to_the_rank,
-    }
-    loader = DataLoader(
-        _Pieces(index, image_size, decoding, skip_bad),
-        sampler=pieces,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        **(in_processes if num_workers else {}),
-    )
-    return iter(loader)
+    samples = _Pieces(index, image_size, decoding, skip_bad)
+    how = {"sampler": pieces, "batch_size": None, "collate_fn": _as_it_is}
+    return read_ahead(samples, num_workers, prefetch_batches, **how)
 
 
 class _Pieces(Dataset):
@@ -122,11 +110,6 @@ class _NotedCrop:
         crop = centre_crop(width, height)
         self.noted = [width, height, crop.left, crop.top, crop.side]
         return crop
-
-
-def _leave_interrupts_to_the_rank(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the rank says so, and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(piece: DecodedPiece) -> DecodedPiece:
