@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tests.bad_members import Fault, make_faults
 from tests.distributed import run_ranks
 from tests.memory import sampled_memory
+from tests.tars import write_tar
 from vqrae_ds.data import reading
 from vqrae_ds.data.bad_data import FEWEST_SAMPLES, BadData
 from vqrae_ds.data.crops import Augmentation, centre_crop
@@ -53,11 +54,7 @@ def write_shards_with(folder: Path, faults: list[Fault], sound_each: int = 2) ->
     for s, fault in enumerate(faults):
         members = [(f"{s:03d}_{i}.webp", next(photos)) for i in range(sound_each)]
         members.insert(1, (f"{s:03d} {fault.name}.{fault.extension}", fault.data))
-        with tarfile.open(folder / f"{s:05d}.tar", "w") as tar:
-            for name, data in members:
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        write_tar(folder / f"{s:05d}.tar", members)
     return index_shards(folder)
 
 
@@ -278,11 +275,7 @@ def test_no_cut_of_a_shard_loses_a_sample_unnoticed(tmp_path: Path) -> None:
     """At every boundary of 512 bytes and at random bytes, before indexing and after it."""
     photos = find_images(PHOTOS)[:10]
     path = tmp_path / "0.tar"
-    with tarfile.open(path, "w") as tar:
-        for number, photo in enumerate(photos):
-            member = tarfile.TarInfo(f"{number:03d}.webp")
-            member.size = photo.stat().st_size
-            tar.addfile(member, io.BytesIO(photo.read_bytes()))
+    write_tar(path, ((f"{n:03d}.webp", photo.read_bytes()) for n, photo in enumerate(photos)))
     whole, index = path.read_bytes(), index_shards(tmp_path)
     table = index.samples_of(0)
     ends = (table.offsets + table.lengths).tolist()

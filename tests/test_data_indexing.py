@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
 import signal
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import start_python
+from tests.tars import write_tar
 from vqrae_ds.data import indexing
 from vqrae_ds.data.index import INDEX_NAME, SAMPLES_NAME, merge, read_index
 from vqrae_ds.data.indexing import Part, index_shards, left_out
 from vqrae_ds.manifest import hash_file
 
 PICKLE = b"cos\nsystem\n(S'touch %b'\ntR."
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def make_shards(folder: Path, number: int) -> Path:

@@ -7,7 +7,6 @@ import io
 import itertools
 import pickle
 import shutil
-import tarfile
 import tempfile
 from collections import Counter
 from functools import lru_cache
@@ -20,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.tars import write_tar
 from vqrae_ds.data.crops import Augmentation, centre_crop
 from vqrae_ds.data.decode import decode_sample
 from vqrae_ds.data.index import ShardIndex
@@ -63,13 +63,12 @@ def tiny_shards(sizes: tuple[int, ...]) -> ShardIndex:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     for s, size in enumerate(sizes):
-        with tarfile.open(folder / f"{s}.tar", "w") as tar:
-            for i in range(size):
-                buffer = io.BytesIO()
-                Image.new("RGB", (2, 2), (s, i, 7)).save(buffer, "PNG")
-                member = tarfile.TarInfo(f"{s}_{i}.png")
-                member.size = buffer.tell()
-                tar.addfile(member, io.BytesIO(buffer.getvalue()))
+        members = []
+        for i in range(size):
+            buffer = io.BytesIO()
+            Image.new("RGB", (2, 2), (s, i, 7)).save(buffer, "PNG")
+            members.append((f"{s}_{i}.png", buffer.getvalue()))
+        write_tar(folder / f"{s}.tar", members)
     return index_shards(folder)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import pickle
-import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,6 +15,7 @@ from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 
 from tests.bad_members import make_faults
+from tests.tars import write_tar
 from tests.test_data_bad import LIMITS, PHOTOS, SKIP, write_shards_with
 from vqrae_ds.data import streaming
 from vqrae_ds.data.crops import Augmentation
@@ -115,15 +114,10 @@ def test_faults_are_counted_and_what_is_cut_is_noticed(tmp_path: Path) -> None:
 
 def write_bad(path: Path, num_bad: int, *, sound: bool) -> str:
     """A shard of empty images, and a photograph behind them."""
-    with tarfile.open(path, "w") as tar:
-        for number in range(num_bad):
-            tar.addfile(tarfile.TarInfo(f"{number:05d}.jpg"))
-        if sound:
-            data = find_images(PHOTOS / "val")[0].read_bytes()
-            member = tarfile.TarInfo("sound.webp")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return str(path)
+    members = [(f"{number:05d}.jpg", b"") for number in range(num_bad)]
+    if sound:
+        members.append(("sound.webp", find_images(PHOTOS / "val")[0].read_bytes()))
+    return str(write_tar(path, members))
 
 
 @pytest.mark.timeout(120)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from tests.conftest import ROOT, run_python
 from tests.distributed import run_ranks
 from tests.launching import environment, free_port
+from tests.tars import write_tar
 from tests.tiny import ENCODER, IMAGE_SIZE, NUM_CODES, PATCH_SIZE, build_model
 from vqrae_ds.config import DataConfig
 from vqrae_ds.data.decode import load_image
@@ -69,11 +68,7 @@ def write_shard(path: Path, photos: list[Path], *, has_bad: bool) -> None:
         members[f"{photo.stem}.cls"] = str(number % 2).encode()
         if number == 2 and has_bad:
             members[f"{BAD}{path.stem}.webp"] = b"no image"
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    write_tar(path, members.items())
 
 
 def random_features(images: torch.Tensor) -> torch.Tensor:

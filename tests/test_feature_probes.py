@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from scipy.optimize import minimize
 
 from tests.conftest import ROOT
+from tests.tars import write_tar
 from vqrae_ds.data.indexing import index_shards
 from vqrae_ds.data.shard_writing import find_images
 from vqrae_ds.evaluation.labels import read_labels
@@ -92,14 +91,6 @@ def test_the_probe_reads_what_is_there_and_no_more() -> None:
     assert linear_probe(rows[:8], torch.arange(8)) is None
 
 
-def write_labelled(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 def test_labels_come_from_cls_and_json_members_in_index_order(tmp_path: Path) -> None:
     image = find_images(ROOT / "tests/data/photos/val")[0].read_bytes()
     first = {"a.webp": image, "a.cls": b"7\n", "a.json": json.dumps({"label": "no"}).encode()}
@@ -111,8 +102,8 @@ def test_labels_come_from_cls_and_json_members_in_index_order(tmp_path: Path) ->
         "d.webp": image,
         "d.json": json.dumps({"label": 7}).encode(),
     }
-    write_labelled(tmp_path / "0.tar", first)
-    write_labelled(tmp_path / "1.tar", second)
+    write_tar(tmp_path / "0.tar", first.items())
+    write_tar(tmp_path / "1.tar", second.items())
     index = index_shards(tmp_path)
     found = read_labels(index, "label")
     assert found.names == ["7", "cat"]
@@ -132,7 +123,7 @@ def test_a_label_that_is_none_is_refused(
     tmp_path: Path, member: dict[str, bytes], message: str
 ) -> None:
     image = find_images(ROOT / "tests/data/photos/val")[0].read_bytes()
-    write_labelled(tmp_path / "0.tar", {"a.webp": image} | member)
+    write_tar(tmp_path / "0.tar", [("a.webp", image), *member.items()])
     with pytest.raises(ValueError, match=message):
         read_labels(index_shards(tmp_path), "label")
 
@@ -140,7 +131,7 @@ def test_a_label_that_is_none_is_refused(
 def test_a_shard_that_was_cut_has_the_labels_before_the_cut(tmp_path: Path) -> None:
     image = find_images(ROOT / "tests/data/photos/val")[0].read_bytes()
     members = {"a.webp": image, "a.cls": b"1", "b.cls": b"2", "b.webp": image}
-    write_labelled(tmp_path / "0.tar", members)
+    write_tar(tmp_path / "0.tar", members.items())
     index = index_shards(tmp_path)
     with open(tmp_path / "0.tar", "r+b") as file:
         file.truncate(index.sample(1).offset - 1300)  # in the header of b.cls
@@ -151,5 +142,5 @@ def test_a_shard_that_was_cut_has_the_labels_before_the_cut(tmp_path: Path) -> N
 
 def test_without_labels_there_are_none(tmp_path: Path) -> None:
     image = find_images(ROOT / "tests/data/photos/val")[0].read_bytes()
-    write_labelled(tmp_path / "0.tar", {"a.webp": image, "a.json": b'{"width": 3}'})
+    write_tar(tmp_path / "0.tar", [("a.webp", image), ("a.json", b'{"width": 3}')])
     assert read_labels(index_shards(tmp_path), "label") is None
