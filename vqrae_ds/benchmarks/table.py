@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vqrae_ds.text_table import columns
+
 
 class Row(NamedTuple):
     """One figure of ours beside that of the peer, both in `unit`."""
@@ -50,12 +52,7 @@ def as_text(report: Report) -> str:
         ratio = "-" if row.ratio is None else f"{row.ratio:.4f}"
         figures = (f"{row.ours:.4g}", f"{row.peer:.4g}")
         lines.append((row.metric, *figures, row.unit, ratio, row.peer_name))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-    return "\n".join([f"{report.name}: {report.machine}", *table])
+    return "\n".join([f"{report.name}: {report.machine}", *columns(lines)])
 
 
 def describe_machine(device_type: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from vqrae_ds.conversion.inspection import Inspection, TensorEntry
+from vqrae_ds.text_table import columns
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 _MODEL_PREFIX = "vqrae."
@@ -30,15 +31,15 @@ def as_text(inspection: Inspection, *, every_tensor: bool = False, verified: boo
     state = "DAMAGED" if found.damage else "intact"
     by = "" if found.damage else " by checksums" if verified else " by its sizes and headers"
     parts = [f"{found.folder}: {found.what}, {state}{by}"]
-    parts += _columns([(f"  {name}", value) for name, value in found.facts.items()])
+    parts += columns([(f"  {name}", value) for name, value in found.facts.items()])
     files = [
         (f"  {kind}", f"{group.count} files", show_bytes(group.num_bytes))
         for kind, group in sorted(found.files.items())
     ]
-    parts += ["files", *_columns(files)]
+    parts += ["files", *columns(files)]
     if found.tensors:
-        parts += ["tensors", *_columns(_table(found.tensors, every_tensor))]
-        parts += ["totals", *_columns(_totals(found.tensors))]
+        parts += ["tensors", *columns(_table(found.tensors, every_tensor))]
+        parts += ["totals", *columns(_totals(found.tensors))]
     if found.damage:
         parts += ["damage", *(f"  {line}" for line in found.damage)]
     return "\n".join(parts)
@@ -123,11 +124,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]

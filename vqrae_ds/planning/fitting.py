@@ -14,6 +14,7 @@ from vqrae_ds.planning.peak import peak_bytes
 from vqrae_ds.planning.states import GB, state_bytes
 from vqrae_ds.planning.traffic import step_traffic
 from vqrae_ds.planning.work import Speed, work
+from vqrae_ds.text_table import columns
 
 # For the CUDA context, NCCL's buffers, workspaces of kernels and fragmentation: an assumption.
 RESERVE = 3 * GB
@@ -86,7 +87,4 @@ def describe_sweep(plans: Sequence[Plan], speed: Speed | None) -> str:
             row += [f"{done.mfu_seconds:,.2f}", f"{done.traffic_seconds:,.2f}"]
             row += [f"{done.days:,.1f}", f"{done.gpu_hours:,.0f}"]
         rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows
-    )
+    return "\n".join(columns(rows, ">" * len(head)))

@@ -26,6 +26,7 @@ from vqrae_ds.planning.states import (
     state_bytes_by_kind,
     zero_stage,
 )
+from vqrae_ds.text_table import columns
 
 NOT_PLANNED = (
     "not planned, and what the reserve is for: fragmentation of the allocator, workspaces of "
@@ -56,7 +57,7 @@ def describe_plan(plan: Plan, gpus: int, gpu_memory: float) -> str:
         f"{model.grid_side**2:,} tokens",
         f"batch:  {batch.in_words()}",
         "",
-        *_table(_rows(plan, sizes)),
+        *columns(_rows(plan, sizes), "<>><><"),
         *([plan.note] if plan.note else []),
         "",
         f"bytes a trained parameter: {_describe_bytes(plan.run.deepspeed)}",
@@ -77,9 +78,7 @@ def _peak_in_words(plan: Plan, gpus: int, gpu_memory: float) -> list[str]:
     rows = [("in a micro step", "GB a GPU", "")]
     rows += [(name, f"{size / GB:.2f}", what) for name, size, what in details_of_peak(plan, gpus)]
     rows.append(("predicted peak", f"{peak.total / GB:.2f}", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]
-    lines += ["", gathered_a_micro_step(plan, gpus)]
+    lines = [*columns(rows, "<>"), "", gathered_a_micro_step(plan, gpus)]
     if is_offloaded(plan.run.deepspeed):
         lines.append(f"host: {host_bytes(plan) / GB:.1f} GB over all ranks, for the optimizer")
     is_enough = fits(plan, gpus, gpu_memory)
@@ -156,15 +155,3 @@ def _way_out(plan: Plan, peak: Peak, gpu_memory: float) -> str:
         f"Most of it are {largest}: a smaller micro batch, memory.*_checkpointing: full and "
         "another DeepSpeed JSON take less"
     )
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns of text; those of numbers are aligned at the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    aligned = "<>><><"
-    return [
-        "  ".join(
-            f"{cell:{a}{w}}" for cell, a, w in zip(row, aligned, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]

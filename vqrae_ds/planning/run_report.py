@@ -9,6 +9,7 @@ from vqrae_ds.planning.states import GB, is_offloaded
 from vqrae_ds.planning.storage import disk_bytes, host_memory
 from vqrae_ds.planning.traffic import Traffic, step_traffic
 from vqrae_ds.planning.work import Speed, work
+from vqrae_ds.text_table import columns
 
 
 def describe_run(plan: Plan, gpus: int, gpu_memory: float, speed: Speed | None) -> str:
@@ -49,8 +50,7 @@ def _traffic(plan: Plan, gpus: int) -> list[str]:
     rows = [("received by a GPU in a step", "GB", "")]
     rows += [(t.kind, f"{t.size / GB:,.2f}", _source(t)) for t in traffic]
     rows.append(("total", f"{sum(t.size for t in traffic) / GB:,.2f}", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    return [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+    return columns(rows, "<>")
 
 
 def _source(traffic: Traffic) -> str:
