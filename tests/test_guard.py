@@ -109,13 +109,15 @@ def test_quantizer_and_convnext_losses_are_watched_and_distillation_need_only_be
     assert not is_sound(guard, **(terms | {"convnext": 2.1}))
 
 
-def test_many_skipped_steps_are_warned_of(one_rank, caplog):
+@pytest.mark.parametrize("bad", [math.nan, 1e6])
+def test_many_skipped_steps_are_warned_of(one_rank, caplog, bad):
     guard = Guard(GuardConfig(spike_factor=10.0))
+    learn(guard, reconstruction=1.0)
     with caplog.at_level(logging.WARNING, "vqrae_ds.guard"):
         for skipped in (1, 2):
             caplog.clear()
             for step in range(50):
-                guard.judge(terms_of(rec=math.nan if step < skipped else 1.0))
+                guard.judge(terms_of(rec=bad if step < skipped else 1.0))
                 if step < skipped:
                     guard.step_skipped(step)
                 else:
@@ -123,7 +125,9 @@ def test_many_skipped_steps_are_warned_of(one_rank, caplog):
             end_window(guard)
             said = [m for m in caplog.messages if "of the last 50 steps were skipped" in m]
             assert len(said) == (skipped > 1)
-    assert said[0].startswith("2 of") and "raise guard.spike_factor = 10.0" in said[0]
+    assert said[0].startswith("2 of")
+    way_out = "if these losses are healthy, raise guard.spike_factor = 10.0"
+    assert (way_out in said[0]) == math.isfinite(bad), "no factor lets a NaN through"
 
 
 def test_state_survives_json_bit_for_bit():

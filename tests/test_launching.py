@@ -25,7 +25,7 @@ from vqrae_ds.launching.orders import (
 )
 from vqrae_ds.launching.owner import Owner, this_process
 from vqrae_ds.launching.run_folder import RunFolder
-from vqrae_ds.stopping import DONE, PREEMPTED, SIGNALS, STOP
+from vqrae_ds.stopping import DONE, PREEMPTED, SIGNALS, STOP, StopRequest
 
 VALUES = [
     "",
@@ -165,6 +165,15 @@ def test_markers_of_an_earlier_start_are_gone_and_a_signal_becomes_a_file(tmp_pa
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_file_system_that_fails_ends_no_run(tmp_path, caplog):
+    request = StopRequest(tmp_path / ("x" * 300))
+    with pytest.raises(OSError, match="name too long"):
+        os.stat(request.folder / STOP)
+    assert not request.is_made(look_for_file=True)
+    request.leave_mark(is_done=True)
+    assert "will take this run for failed: no DONE: " in caplog.text
 
 
 def test_a_run_has_one_launch_at_a_time(tmp_path):

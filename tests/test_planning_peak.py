@@ -71,7 +71,7 @@ def test_buffers_follow_the_json() -> None:
     assert whole.gathered > 2 * 5.5e9
     # The discriminator is ZeRO-1: in bf16 alone it has a bucket, of its own size.
     low = peak(deepspeed="stage1_zero3_one_gpu")
-    assert low.buckets == 2 * 5e7 * 2 + 5e6 * 2
+    assert low.buckets == 2 * 5e7 * 2, "the discriminator, whose gradients are in fp32, has none"
     one = plan(run_of("internvit_300m/stage1", deepspeed="stage1_one_gpu", gpus=1))
     assert (peak_bytes(one, 1).gathered, peak_bytes(one, 1).buckets) == (0, 5e7 * 2)
 

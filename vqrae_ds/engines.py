@@ -26,7 +26,7 @@ from transformers.initialization import no_init_weights
 from vqrae_ds import watchdog
 from vqrae_ds.attention import choose_attention
 from vqrae_ds.config import Run
-from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO, for_engine
+from vqrae_ds.config.deepspeed_json import for_discriminator, for_engine
 from vqrae_ds.determinism import make_deterministic
 from vqrae_ds.models.discriminator import build_discriminator as new_discriminator
 from vqrae_ds.models.encoders import build_encoder
@@ -161,10 +161,7 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
     gan = run.config.losses.adversarial
     if gan is None or gan.weight == 0:
         return None
-    deepspeed_config = for_engine(run.deepspeed)
-    deepspeed_config["zero_optimization"] = dict(DISCRIMINATOR_ZERO)
-    if run.bf16:
-        deepspeed_config["bf16"] = {"enabled": True}  # so small that its masters are always fp32
+    deepspeed_config = for_discriminator(run.deepspeed)
     deepspeed_config["optimizer"]["params"]["lr"] *= run.config.lr_multiplier.discriminator
     if "scheduler" in deepspeed_config:
         steps = run.schedule.total_steps - gan.first_discriminator_step

@@ -75,6 +75,7 @@ class Guard:
         self._limits: dict[tuple[str, ...], Tensor] = {}
         self._largest: dict[tuple[str, ...], Tensor] = {}  # of this rank since the last window
         self._taken_in_window, self._skipped_in_window = 0, 0
+        self._spiked_in_window = False  # whether a culprit was finite, above its limit
         self._seen: list[tuple[tuple[str, ...], Tensor]] = []  # the terms of the current step
 
     def judge(self, terms: Mapping[str, Tensor]) -> Tensor:
@@ -136,6 +137,7 @@ class Guard:
         found = [Culprit(rank, *each) for rank, terms in enumerate(gather(mine)) for each in terms]
         found = list({(c.rank // self._tensor_size, c.name): c for c in found[::-1]}.values())[::-1]
         self.culprits = [c for c in found if c.name not in DERIVED] or found
+        self._spiked_in_window |= any(math.isfinite(c.value) for c in self.culprits)
         logger.warning("step %d was skipped: %s", step, self.reason())
 
     def reason(self) -> str:
@@ -166,11 +168,12 @@ class Guard:
                 self.levels[name] = max(new, KEPT * self.levels.get(name, 0.0))
         skipped, steps = self._skipped_in_window, self._skipped_in_window + self._taken_in_window
         if skipped > max(SKIPPED_SHARE * steps, 1):  # a single one has been warned of
-            logger.warning(
-                "%d of the last %d steps were skipped: if these losses are healthy, raise "
-                "guard.spike_factor = %s",
-                *(skipped, steps, self.config.spike_factor),
-            )
+            way_out = ""
+            if self._spiked_in_window:
+                factor = self.config.spike_factor
+                way_out = f": if these losses are healthy, raise guard.spike_factor = {factor}"
+            logger.warning("%d of the last %d steps were skipped%s", skipped, steps, way_out)
         self._taken_in_window = self._skipped_in_window = 0
+        self._spiked_in_window = False
         self._limits.clear()
         self._largest.clear()

@@ -122,10 +122,10 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     stop = StopVote(stop_request or stop_request_of(run), ranks.rank, ranks.device)
     objective, perceptual = _objective(run, ranks, discriminator, stop)
     sees_its_own = ranks.rank % tensor_size == 0
-    batches, twins = _training_batches(run, ranks, index, start=start.state.samples), None
+    twins = None
     if generator.mpu is not None:
         twins = Twins(generator.mpu.get_model_parallel_group(), ranks.device)
-        batches = twins.noting(batches)
+    batches = _training_batches(run, ranks, index, start=start.state.samples)
     return Setup(
         ranks,
         generator,
@@ -136,7 +136,7 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
         BadData(config.data.max_bad_share, start.extra.get("bad_data"), sees_its_own=sees_its_own),
         stop,
         ema,
-        batches,
+        batches if twins is None else twins.noting(batches),
         0 if index is None else index.num_samples,  # nobody knows it of shards that are streamed
         validation_index,
         start.state,

@@ -40,12 +40,20 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    for failure in gather(own and _to_peers(own)):
-        if own is not None:
-            raise own
+    for rank, failure in enumerate(gather(own and _to_peers(own))):
         if failure is not None:
             kind, text = failure
-            raise kind(text)
+            error = own or kind(text)
+            error.first_rank = rank
+            raise error
+
+
+def is_said_by_peer(error: Exception, rank: int) -> bool:
+    """Whether `failing_together` raised it on all ranks, and not `rank` is the first it came from.
+
+    One line for a mistake is enough, however many ranks there are.
+    """
+    return getattr(error, "first_rank", rank) != rank
 
 
 def _to_peers(error: Exception) -> tuple[type[Exception], str]:

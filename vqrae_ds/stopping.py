@@ -20,6 +20,7 @@ rank may get through:
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -69,8 +70,11 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def is_made(self, *, look_for_file: bool) -> bool:
-        """Whether there is a reason to stop; one rank is enough to look for the file."""
-        return self.signal is not None or (look_for_file and (self.folder / STOP).exists())
+        """Whether there is a reason to stop; one rank is enough to look for the file.
+
+        Where the file system has no answer the file is not there.
+        """
+        return self.signal is not None or (look_for_file and os.path.exists(self.folder / STOP))
 
     def clear_marks(self) -> None:
         """Remove the markers of an earlier start."""
@@ -78,9 +82,16 @@ class StopRequest:
             (self.folder / name).unlink(missing_ok=True)
 
     def leave_mark(self, *, is_done: bool) -> None:
-        """Mark the run as done, or else as one that was asked to stop and has obeyed."""
-        (self.folder / STOP).unlink(missing_ok=True)  # the next start is asked for nothing
-        (self.folder / (DONE if is_done else PREEMPTED)).touch()
+        """Mark the run as done, or else as one that was asked to stop and has obeyed.
+
+        A disk that takes no mark makes a warning: the run has ended well, and its peers wait.
+        """
+        name = DONE if is_done else PREEMPTED
+        try:
+            (self.folder / STOP).unlink(missing_ok=True)  # the next start is asked for nothing
+            (self.folder / name).touch()
+        except OSError as error:
+            logger.warning("a batch script will take this run for failed: no %s: %s", name, error)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = number

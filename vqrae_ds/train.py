@@ -66,14 +66,17 @@ def main() -> None:
     stop_request = stop_request_of(run)
     hold_signals()
     with watchdog_of(run, rank):
+        # Imported here, so that a mistake in the configuration does not wait for torch.
+        from vqrae_ds.ranks import is_said_by_peer
+
         try:
             setup = prepare(run, stop_request)
         except USER_ERRORS as error:
             # VQRAE_LOG_LEVEL=DEBUG shows it.
             logger.debug("the mistake was found here", exc_info=True)
-            exit_with(error)
+            exit_with(error, silent=is_said_by_peer(error, rank))
         except OSError as error:
-            exit_with(error, status=1)
+            exit_with(error, silent=is_said_by_peer(error, rank), status=1)
         stop_request.catch_signals()
         try:
             train(run, setup)
@@ -111,6 +114,7 @@ def train(run: Run, setup: Setup) -> None:
     ):
         while state.step < total_steps and not setup.must_stop() and not is_stopping:
             is_logged = is_due(state.step + 1, config.monitor.log_every_steps, total_steps)
+            rates = learning_rates(setup.generator, setup.discriminator)  # of this step
             with profiler.step(state.step + 1):
                 for micro in range(sizes.accumulation):
                     watchdog.begin(f"step {state.step + 1}")
@@ -130,7 +134,6 @@ def train(run: Run, setup: Setup) -> None:
             if is_logged:
                 monitor.add_gradients(squares)
             if is_logged or is_last:  # why a run ends is in its last steps
-                rates = learning_rates(setup.generator, setup.discriminator)
                 numbers, largest = _numbers(setup, saver, setup.equalize()), guard.largest()
                 guard.learn(monitor.log(state.step, state.samples, rates, numbers, largest))
                 is_last = is_last or setup.must_stop()  # the counts of bad samples have come

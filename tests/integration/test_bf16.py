@@ -16,6 +16,9 @@ RANKS, STEPS = 2, 10
 LOSS_BOUND = 0.01  # of each total loss, relative
 PATH_BOUND = 0.05  # of the way that the weights go: |bf16 - fp32| / |fp32 - first|
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+LOW = {
+    "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+}
 RECIPES = {
     "stage1": (1, {"perceptual": None, "adversarial": {"weight": 0.1, "adaptive": True, **GAN}}),
     "stage2": (2, {"perceptual": None, "adversarial": {"weight": 0.1, "adaptive": False, **GAN}}),
@@ -40,6 +43,23 @@ def train_all(rank: int, folder: Path) -> None:
             torch.save(found, folder / f"{name}_{dtype}_{rank}.pt")
 
 
+def discriminator_of_bf16_states(rank: int, folder: Path) -> None:
+    """Two micro batches a step: their gradients are summed before it is taken."""
+    from vqrae_ds.sharding.partitions import masters
+    from vqrae_ds.train import micro_step
+
+    stage, losses = RECIPES["stage1"]
+    run = make_run(
+        folder / f"rank{rank}", stage, losses=losses, deepspeed=LOW | {"train_batch_size": 8}
+    )
+    setup = make_setup(run)
+    micro_step(setup, images_of(0, rank), 0)
+    engine = setup.discriminator
+    assert engine.get_data_types() == (torch.bfloat16, torch.float32)
+    assert {m.dtype for m in masters(engine)} == {torch.float32}
+    assert {m.dtype for m in masters(setup.generator)} == {torch.bfloat16}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bf16")
@@ -60,3 +80,7 @@ def test_bf16_tracks_fp32(folder, recipe):
         assert torch.equal(first, torch.cat(half["first"])), "the masters begin unrounded"
         drift = ((bf16 - fp32).norm() / (fp32 - first).norm()).item()
         assert drift < PATH_BOUND
+
+
+def test_the_discriminator_keeps_fp32_beside_a_generator_that_keeps_bf16(folder):
+    run_ranks(RANKS, discriminator_of_bf16_states, folder)

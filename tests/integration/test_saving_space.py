@@ -82,14 +82,16 @@ def make_room(rank: int, run: Any, content: Any, disk: Path, folder: Path) -> No
     logging.basicConfig(filename=folder / f"rank{rank}.log", level=logging.INFO, force=True)
     section = run.config.run.model_copy(update={"output_dir": str(disk / "run")})
     run = run._replace(config=run.config.model_copy(update={"run": section}))
-    left = disk / "run" / "checkpoints" / "step_00000001"
-    if rank == 0:
-        left.mkdir(parents=True)
-        (left / "half").write_bytes(b"1" * (DISK_BYTES - 1_000_000))
+    checkpoints = disk / "run" / "checkpoints"
+    if rank == 0:  # of a save of a step before, and of the same one
+        for step, size in ((1, 100_000), (2, DISK_BYTES - 1_100_000)):
+            left = checkpoints / f"step_0000000{step}"
+            left.mkdir(parents=True)
+            (left / "half").write_bytes(b"1" * size)
     dist.barrier()
     saver = Saver(run)
     saver.save(content._replace(state=TrainState(2)))
-    assert saver.failed_saves == 0 and not left.exists()
+    assert saver.failed_saves == 0 and not list(checkpoints.glob("*/half"))
     if rank == 0:
         leave(disk, Level(num_bytes=1_000_000))
     dist.barrier()
@@ -97,7 +99,7 @@ def make_room(rank: int, run: Any, content: Any, disk: Path, folder: Path) -> No
     saver.save(content._replace(state=TrainState(3)))
     assert saver.failed_saves == 1
     assert "are needed and 1.00 MB are free, so nothing was written" in saver.failure
-    assert [path.name for path in left.parent.iterdir()] == ["step_00000002"]
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000002"]
 
 
 @pytest.fixture(scope="module")

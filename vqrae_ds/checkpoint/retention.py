@@ -16,10 +16,10 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_partial(checkpoints: Path, before: int) -> None:
-    """Remove what killed saves left of steps before `before`: folders without a manifest."""
+def remove_partial(checkpoints: Path, up_to: int) -> None:
+    """Remove what killed saves left of steps up to `up_to`: folders without a manifest."""
     for step, folder in manifest.step_folders(checkpoints).items():
-        if step < before and not (folder / manifest.MANIFEST_NAME).exists():
+        if step <= up_to and not (folder / manifest.MANIFEST_NAME).exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 

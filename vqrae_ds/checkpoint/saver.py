@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -90,14 +91,15 @@ def _check_space(run: Run, content: Content, *, on_nodes: bool = False) -> None:
     """Raise `SaveFailed` on all ranks where `content` fits neither now nor after a clearing up.
 
     It has to fit into the run's folder, and `on_nodes` onto their own disks too. What killed saves
-    left of earlier steps is removed where it is in the way.
+    left of this step and earlier ones is removed where it is in the way.
     """
     checkpoints = checkpoints_folder(run)
     num_bytes = own_bytes(content.generator, content.discriminator, content.ema)
     shortage = find_shortage(checkpoints, num_bytes)
     if shortage is not None:
         if dist.get_rank() == 0:
-            remove_partial(checkpoints, before=content.state.step)
+            with contextlib.suppress(OSError):  # the shortage that stays is told to all
+                remove_partial(checkpoints, up_to=content.state.step)
         shortage = find_shortage(checkpoints, num_bytes)
     if shortage is None and on_nodes:
         shortage = find_shortage(local_root(run), num_bytes, on_each_node=True)

@@ -191,7 +191,7 @@ def publish(
     if writer.failure is not None:
         return
     try:
-        retention.remove_partial(folder.parent, before=written.step)
+        retention.remove_partial(folder.parent, up_to=written.step)
         if removes_old:
             retention.remove_old(folder, run.config.checkpoint)
     except (OSError, ValueError) as error:  # ValueError: one that cannot be read any more

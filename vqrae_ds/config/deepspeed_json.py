@@ -129,6 +129,18 @@ def for_engine(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     return copied
 
 
+def for_discriminator(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy as the discriminator's engine has it: ZeRO-1, its state always in fp32.
+
+    It is so small that masters and sums of gradients in bf16 would save nothing.
+    """
+    copied = for_engine(deepspeed) | {"zero_optimization": dict(DISCRIMINATOR_ZERO)}
+    if get(deepspeed, "bf16.enabled"):
+        copied["bf16"] = {"enabled": True}
+        copied["data_types"] = {"grad_accum_dtype": "fp32"}
+    return copied
+
+
 def list_divisors(number: int, near: int) -> str:
     """The divisors of `number` that are nearest to `near`, for a sentence."""
     nearest = sorted(_divisors(number), key=lambda n: abs(n - near))[:4]

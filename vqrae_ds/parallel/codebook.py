@@ -56,10 +56,12 @@ class ShardedCodebook(FrozenCodebook):
 
 
 class GroupSearch:
-    """The nearest of all ranks' codes; ties go to the lowest index, whatever the number of ranks.
+    """The nearest of all ranks' codes; of equal ones the lowest index, whatever their number.
 
     `search` finds the nearest of this rank's, and what `ops.code_distances` says of codes holds for
-    the winners of the ranks.
+    the winners of the ranks. A rank's winner ties with the nearest of its own codes: where that one
+    is further than the nearest of all, but by less than a tie's width, a winner that is between one
+    and two widths away leaves its rank's tied codes unseen.
     """
 
     def __init__(self, num_codes: int, groups: Groups, search: Search = nearest_code) -> None:

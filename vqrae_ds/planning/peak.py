@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO, get
+from vqrae_ds.config.deepspeed_json import for_discriminator, get
 from vqrae_ds.planning.activations import activations, value_size
 from vqrae_ds.planning.parts import Plan
 from vqrae_ds.planning.states import (
@@ -148,8 +148,7 @@ def bucket_bytes(plan: Plan) -> float:
     total = _buckets(deepspeed, value_size(plan.run), _trained(plan))
     gan = next((part for part in plan.parts if part.engine == "discriminator"), None)
     if gan is not None:
-        own = {**deepspeed, "zero_optimization": DISCRIMINATOR_ZERO}
-        total += _buckets(own, value_size(plan.run), gan.count)
+        total += _buckets(for_discriminator(deepspeed), value_size(plan.run), gan.count)
     return total
 
 

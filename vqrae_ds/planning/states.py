@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vqrae_ds.config.deepspeed_json import DISCRIMINATOR_ZERO, get
+from vqrae_ds.config.deepspeed_json import for_discriminator, get
 from vqrae_ds.planning.parts import Part, Plan
 
 GB = 10**9
@@ -88,9 +88,7 @@ def _bytes(part: Part, deepspeed: Mapping[str, Any], gpus: int, tensor_size: int
     if part.engine == "none":
         return StateBytes(part.count * FP32)
     if part.engine == "discriminator":  # as `engines.build_discriminator` configures it
-        enabled = get(deepspeed, "bf16.enabled") or False
-        changes = {"zero_optimization": DISCRIMINATOR_ZERO, "bf16": {"enabled": enabled}}
-        deepspeed = {**deepspeed, **changes}
+        deepspeed = for_discriminator(deepspeed)
     else:  # the discriminator is divided over all ranks
         gpus //= tensor_size
     stage = zero_stage(deepspeed)
