@@ -1,6 +1,7 @@
 """Checkpoints in one process: completeness, falling back from damage, retention, refusals.
 
-What a resume restores is in tests/integration/test_resuming_engines.py.
+Those of the frozen encoder are in test_checkpoint_frozen.py, what a resume restores is in
+integration/test_resuming_engines.py.
 """
 
 from __future__ import annotations
@@ -9,55 +10,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-import xxhash
-from safetensors.torch import load_file
-from torch import nn
 
-from tests.limits import small_files_only
-from tests.tiny import make_run, save_initial
+from tests.file_engine import FileEngine, run_alone, save_at, starting_from, with_changes
+from tests.tiny import make_run
 from tests.zero_files import seal
 from vqrae_ds import checkpoint, manifest
 from vqrae_ds.checkpoint import TrainState
 from vqrae_ds.checkpoint.names import local_root
-from vqrae_ds.config import Run
-
-
-class FileEngine:
-    """Saves one number in the way of a DeepSpeed engine; nothing of it is frozen."""
-
-    mpu = None  # no tensor-parallel group
-    checkpoint_engine = None  # it has no writer of its own that ours could take the place of
-
-    def __init__(self, value: int = 0, module: nn.Module | None = None) -> None:
-        self.value = value
-        self.module = module or nn.ModuleDict({"vqrae": nn.Identity()})
-
-    def save_checkpoint(
-        self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool = False
-    ) -> None:
-        assert not save_latest
-        self.checkpoint_engine.makedirs(str(Path(folder) / tag))
-        self.checkpoint_engine.save(self.value, str(Path(folder) / tag / "state"))
-        self._copy_recovery_script(folder)
-
-    def _copy_recovery_script(self, folder: str) -> None:
-        (Path(folder) / "zero_to_fp32.py").write_text("a script")
 
 
 @pytest.fixture
 def run(tmp_path):
-    save_initial(tmp_path / "initial")
-    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield make_run(tmp_path, 1, checkpoint={"keep_last": 2}, world_size=1)
-    dist.destroy_process_group()
-
-
-def save_at(run: Run, step: int) -> Path:
-    return checkpoint.save(
-        run, checkpoint.Content(FileEngine(step), FileEngine(-step), TrainState(step, 4 * step))
-    )
+    with run_alone(tmp_path) as run:
+        yield run
 
 
 def flipped(content: bytes) -> bytes:
@@ -171,11 +136,6 @@ def test_damaged_later_ones_never_displace_the_one_just_written(run):
     assert checkpoint.find(run) == again
 
 
-def with_changes(run: Run, section: str, **changes) -> Run:
-    changed = getattr(run.config, section).model_copy(update=changes)
-    return run._replace(config=run.config.model_copy(update={section: changed}))
-
-
 def test_a_run_goes_on_with_the_configuration_that_it_began_with(run):
     folder = save_at(run, 1)
     assert checkpoint.find(with_changes(run, "checkpoint", every_steps=7)) == folder
@@ -209,93 +169,6 @@ def test_one_rank_of_a_node_prepares_its_disk_for_all(run, tmp_path, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "0")
     checkpoint.prepare_local_dir(run)
     assert list((tmp_path / "node").iterdir()) == [local_root(run)] and not left.parent.exists()
-
-
-def frozen_encoder(value: float) -> nn.Module:
-    """An encoder of 3 x 5 weights, the only frozen ones."""
-    encoder = nn.Linear(5, 3, bias=False).requires_grad_(False)
-    nn.init.constant_(encoder.weight, value)
-    return nn.ModuleDict({"vqrae": nn.ModuleDict({"encoder": encoder})})
-
-
-def save_frozen(run: Run, step: int, value: float = 0.5) -> Path:
-    engine = FileEngine(module=frozen_encoder(value))
-    return checkpoint.save(run, checkpoint.Content(engine, None, TrainState(step, 0)))
-
-
-def test_the_frozen_encoder_is_written_once_and_outlives_the_checkpoints(run):
-    folders = [save_frozen(run, step) for step in (1, 2)]
-    (path,) = (Path(run.config.run.output_dir) / "frozen").iterdir()
-    before = path.stat()
-    folders += [save_frozen(run, step) for step in (3, 4)]
-    assert [folder.exists() for folder in folders] == [False, False, True, True]
-    after = path.stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert torch.equal(load_file(path)["vqrae.encoder.weight"], torch.full((3, 5), 0.5))
-    digest = xxhash.xxh3_128(path.read_bytes()).hexdigest()
-    assert path.name == f"{digest}.safetensors"
-    for folder in folders[2:]:
-        found = manifest.read_manifest(folder)
-        assert found.frozen == manifest.FileRecord(path.stat().st_size, digest)
-        assert not any("safetensors" in name for name in found.files)
-    assert manifest.read_manifest(save_at(run, 5)).frozen is None, "nothing was frozen"
-
-
-def test_a_frozen_file_that_is_lost_or_damaged_is_written_again(run):
-    record = manifest.read_manifest(save_frozen(run, 1)).frozen
-    path = manifest.frozen_file(run.config.run.output_dir, record)
-    content = path.read_bytes()
-    engine = FileEngine(module=frozen_encoder(0.5))
-    path.unlink()
-    assert checkpoint.write_pretrained(run, engine, record) == record
-    assert path.read_bytes() == content
-    path.write_bytes(content[:-1] + b"\xff")
-    assert checkpoint.write_pretrained(run, engine) == record
-    assert path.read_bytes() == content
-    other = checkpoint.write_pretrained(run, FileEngine(module=frozen_encoder(0.25)))
-    assert {p.name for p in path.parent.iterdir()} == {
-        f"{r.xxh3_128}.safetensors" for r in (record, other)
-    }
-
-
-def test_what_could_not_be_written_leaves_nothing(run):
-    engine = FileEngine(module=frozen_encoder(0.5))
-    with small_files_only(100), pytest.raises(OSError, match="File too large"):
-        checkpoint.write_pretrained(run, engine)
-    folder = Path(run.config.run.output_dir) / "frozen"
-    assert list(folder.iterdir()) == []
-    checkpoint.write_pretrained(run, engine)
-    assert len(list(folder.iterdir())) == 1
-
-
-@pytest.mark.parametrize("how", ["flipped", "shorter", "missing"])
-def test_a_damaged_frozen_file_is_named_and_no_run_starts_over_for_it(run, how):
-    save_frozen(run, 1)
-    newest = save_frozen(run, 2)
-    assert checkpoint.find(run) == newest
-    path = manifest.frozen_file(
-        Path(run.config.run.output_dir), manifest.read_manifest(newest).frozen
-    )
-    content = bytearray(path.read_bytes())
-    content[-7] ^= 1
-    if how == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(content if how == "flipped" else content[:-1])
-    line = {
-        "flipped": "does not match its checksum",
-        "shorter": f"has {len(content) - 1} bytes",
-        "missing": "is missing: the folder frozen/ of a run belongs to its checkpoints",
-    }[how]
-    with pytest.raises(ValueError, match=f"{path} {line}.*all checkpoints of the run need it"):
-        checkpoint.find(run)
-    with pytest.raises(ValueError, match=f"{path} {line}"):
-        checkpoint.resolve_start(starting_from(run, newest.parent.parent))
-
-
-def starting_from(run: Run, folder: Path) -> Run:
-    init = {"from_run": str(folder), "model": None}
-    return with_changes(with_changes(run, "run", output_dir="elsewhere"), "init", **init)
 
 
 def test_another_run_is_started_from_at_its_newest_intact_step(run, caplog):

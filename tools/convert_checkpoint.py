@@ -41,7 +41,8 @@ def _parse() -> argparse.Namespace:
         "--to",
         required=True,
         choices=["stage2", "inference"],
-        help="stage2: fp32 masters and the discriminator; inference: the model alone",
+        help="stage2: the masters, in fp32 or as a run with masters in bf16 kept them, and the "
+        "discriminator; inference: the model alone",
     )
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="fp32", help="of the parameters, for inference"

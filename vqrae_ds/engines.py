@@ -38,6 +38,7 @@ from vqrae_ds.parallel.model import sliced_parts
 from vqrae_ds.parallel.slices import ALONE
 from vqrae_ds.ranks import failing_together
 from vqrae_ds.sharding import first_weights, resident
+from vqrae_ds.sharding.first_discriminator import load_discriminator
 from vqrae_ds.sharding.first_weights import Source, freed_memory_returned, uninitialized_is_nan
 from vqrae_ds.sharding.parameter_groups import (
     discriminator_groups,
@@ -172,7 +173,7 @@ def build_discriminator(run: Run, *, fill: bool = True) -> DeepSpeedEngine | Non
     discriminator = new_discriminator(gan)
     if fill:
         with failing_together():
-            first_weights.load_discriminator(discriminator, run.config.init)
+            load_discriminator(discriminator, run.config.init)
     groups = make_data_groups(_timeout(run)) if tensor_size > 1 else None
     parameters = discriminator_groups(discriminator)
     engine = _initialize(discriminator, parameters, deepspeed_config, groups)

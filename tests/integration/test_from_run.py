@@ -136,6 +136,35 @@ def start_from_runs(rank: int, folder: Path, zero_stages: list[int]) -> None:
             assert torch.equal(tensors[name], tensor.to(tensors[name].dtype)), name
 
 
+def toggle_lecam(rank: int, folder: Path) -> None:
+    """The discriminator goes on; the averages do where LeCam is on now and was on before."""
+    from vqrae_ds import engines
+
+    home, with_it = folder / "stage1_fp32", {**GAN, "lecam_weight": 0.1}
+    first = torch.load(home / "held.pt")["discriminator"]
+    run = start(folder, rank, 1, "fp32", home, gan=with_it)
+    discriminator = engines.build_discriminator(run)
+    weights = held(discriminator)
+    assert weights.pop("averages.means_2").tolist() == [0, 0]
+    assert weights.pop("averages.started") == 0
+    assert_same(weights, first)
+
+    discriminator.module.averages.update(torch.tensor([2.0, -1.0]))
+    discriminator.backward(discriminator(images_of(1, rank)).square().mean())
+    discriminator.step()
+    moved = held(discriminator)
+    later = folder / "stage1_lecam"
+    run = run_in(folder, rank, 1, "fp32", gan=with_it, run={"output_dir": str(later)})
+    content = checkpoint.Content(engines.build_generator(run), discriminator, TrainState(2, 4 * 2))
+    checkpoint.save(run, content)
+    again = engines.build_discriminator(start(folder, rank, 1, "fp32", later, gan=with_it))
+    assert_same(held(again), moved)
+    assert moved["averages.means_2"].tolist() == [2, -1]
+    without = held(engines.build_discriminator(start(folder, rank, 1, "fp32", later)))
+    assert_same(without, {n: t for n, t in moved.items() if not n.startswith("averages.")})
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in without.items())
+
+
 class Lines(logging.Handler):
     """Keeps what is logged."""
 
@@ -203,6 +232,10 @@ def test_another_model_is_refused_before_anything_is_built(folder, tmp_path):
     empty.mkdir()
     with pytest.raises(ValueError, match=f"init.from_run: {empty} holds no complete checkpoint"):
         make_run(tmp_path, 1, init={**init, "from_run": str(empty)})
+
+
+def test_lecam_may_be_on_in_one_of_the_two_runs(folder):
+    run_ranks(2, toggle_lecam, folder)
 
 
 def test_what_cannot_go_over_is_said(folder):

@@ -285,7 +285,7 @@ def test_the_next_stage_takes_the_averages_over(folder, found) -> None:
     from vqrae_ds.conversion.consolidate import consolidate, verify
     from vqrae_ds.manifest import find_step_folder
     from vqrae_ds.models.discriminator import build_discriminator
-    from vqrae_ds.sharding.first_weights import load_discriminator
+    from vqrae_ds.sharding.first_discriminator import load_discriminator
 
     step = find_step_folder(folder / "fp32")
     consolidate(step, folder / "weights", to="stage2")

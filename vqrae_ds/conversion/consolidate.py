@@ -3,8 +3,9 @@
 What is stored, in which dtype:
 
     tensor              stage2                        inference
-    trained parameter   the fp32 master, or its       the same, cast to `dtype`
-                        moving average (`ema`)
+    trained parameter   the master as it was (fp32,   the same, cast to `dtype`
+                        or bf16), or its fp32 moving
+                        average (`ema`)
     frozen parameter    as it was in training         cast to `dtype`
                         (bf16 runs have no more)
     float buffer        fp32                          fp32: they are feature statistics
@@ -24,7 +25,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -55,6 +56,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MODEL_PREFIX, _TEACHER_PREFIX = "vqrae.", "teacher."
 
 
+class _Selection(NamedTuple):
+    """What is written by file stem, in the order of the checkpoint.
+
+    `dtype` is what the trained parameters have in it.
+    """
+
+    files: dict[str, list[StreamedTensor]]
+    dtype: torch.dtype
+
+
 def consolidate(
     checkpoint: Path,
     output: Path,
@@ -70,10 +81,11 @@ def consolidate(
     """Convert the folder `checkpoint` into the new folder `output`.
 
     `checkpoint` is as `checkpoint_source.find_checkpoint` gives it; `model_config` is needed for
-    one that plain DeepSpeed wrote, and only there. With `ema` the moving averages of the trained
-    weights are taken instead of the weights; the discriminator has none and stays as it is. Memory
-    stays at a few MB whatever the size of the model. `output` appears, complete and synced, by a
-    rename at the end; before it `check` may look at the folder under another name, and refuse it.
+    one that plain DeepSpeed wrote, and only there. `dtype` is for inference. With `ema` the moving
+    averages of the trained weights are taken instead of the weights; the discriminator has none and
+    stays as it is. Memory stays at a few MB whatever the size of the model. `output` appears,
+    complete and synced, by a rename at the end; before it `check` may look at the folder under
+    another name, and refuse it.
 
     Raises `ValueError`, before anything is written, when `output` is there or its disk too full,
     when `dtype` is not float32 (or bfloat16, for inference), when there is no average to take, and
@@ -87,22 +99,22 @@ def consolidate(
     if is_foreign(checkpoint):
         _check_fits_model(source, model_config)
     weights = _select_weights(source, to, dtype, ema)
-    total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
+    total = sum(tensor.num_bytes for tensors in weights.files.values() for tensor in tensors)
     check_space(output, total)
 
     with new_folder(output) as folder:
         with progress_bar(total, "writing", progress) as bar:
-            files = write_model(folder, weights["model"], max_shard_bytes, bar.update)
-            if "discriminator" in weights:
+            files = write_model(folder, weights.files["model"], max_shard_bytes, bar.update)
+            if "discriminator" in weights.files:
                 path = folder / "discriminator.safetensors"
-                files[path.name] = write_file(path, weights["discriminator"], bar.update)
+                files[path.name] = write_file(path, weights.files["discriminator"], bar.update)
         path = folder / "config.json"
         path.write_text(source.model_config)
         sync(path)
         files[path.name] = hash_file(path)
         if to == "inference":
             _write_card(folder)
-        write_record(folder, _describe(source, to, dtype, ema, files))
+        write_record(folder, _describe(source, to, weights.dtype, ema, files))
         if check is not None:
             check(folder)
 
@@ -118,14 +130,15 @@ def verify(
     checkpoint, output = Path(checkpoint), Path(output)
     record = read_record(output)
     source = describe_source(checkpoint, model_config)
-    to, dtype, ema = record.kind, DTYPES[record.dtype], record.ema
-    if record != _describe(source, to, dtype, ema, record.files):
-        raise ValueError(f"{output} was not converted from {checkpoint}, by its {RECORD_NAME}")
+    to, ema = record.kind, record.ema
+    dtype = DTYPES[record.dtype] if to == "inference" else torch.float32
     weights = _select_weights(source, to, dtype, ema)
-    total = sum(tensor.num_bytes for tensors in weights.values() for tensor in tensors)
+    if record != _describe(source, to, weights.dtype, ema, record.files):
+        raise ValueError(f"{output} was not converted from {checkpoint}, by its {RECORD_NAME}")
+    total = sum(tensor.num_bytes for tensors in weights.files.values() for tensor in tensors)
     differences = []
     with progress_bar(total, "verifying", progress) as bar:
-        for stem, tensors in weights.items():
+        for stem, tensors in weights.files.items():
             differences += compare(output, stem, tensors, bar.update)
     if (output / "config.json").read_text() != source.model_config:
         differences.append("config.json is not the checkpoint's model_config.json")
@@ -173,14 +186,14 @@ def _check_request(to: Target, dtype: torch.dtype) -> None:
         raise ValueError(f"cannot store {dtype}: choose one of {', '.join(DTYPES)}")
     if to == "stage2" and dtype != torch.float32:
         raise ValueError(
-            f"stage2 keeps the fp32 masters to train on from: {dtype} is for inference"
+            f"stage2 keeps the masters as they are, to train on from: {dtype} is for inference"
         )
 
 
 def _select_weights(
     source: CheckpointSource, to: Target, dtype: torch.dtype, ema: bool
-) -> dict[str, list[StreamedTensor]]:
-    """What is written under which file stem, in the order of the checkpoint."""
+) -> _Selection:
+    """The tensors of the request, none of them read yet."""
     cast = dtype if to == "inference" else None
     generator = ZeroCheckpoint(source.generator, averages=ema)
     prefix = model_prefix(generator) if source.manifest is None else _MODEL_PREFIX
@@ -197,7 +210,8 @@ def _select_weights(
         discriminator = ZeroCheckpoint(source.discriminator)
         names = discriminator.tensors
         weights["discriminator"] = [_stream(discriminator, name, name, None) for name in names]
-    return weights
+    trained = (info.dtype for info in generator.tensors.values() if info.kind == "trainable")
+    return _Selection(weights, cast or next(trained, dtype))
 
 
 def _stream(

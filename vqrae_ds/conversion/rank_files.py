@@ -31,7 +31,7 @@ class Address(NamedTuple):
 
 
 class Masters(NamedTuple):
-    """One rank's flat fp32 vectors, one a group; `addresses` is empty under ZeRO-3."""
+    """One rank's flat vectors, one a group; `addresses` is empty under ZeRO-3."""
 
     flats: list[torch.Tensor]
     addresses: list[dict[str, Address]]
@@ -100,7 +100,7 @@ def find_frozen_files(folder: Path) -> list[Path]:
 
 
 def read_masters(files: Files) -> list[Masters]:
-    """The fp32 masters of each rank, mapped. Raises `ValueError`, naming the file."""
+    """The masters of each rank, fp32 or bf16, mapped. Raises `ValueError`, naming the file."""
     first, data_size = files.optimizers[0], len(files.optimizers) // files.tensor_size
     for file in files.optimizers:
         state = entry(load(file), "optimizer_state_dict", dict, file)

@@ -18,6 +18,7 @@ RECORD_NAME = "conversion.json"
 class Record(NamedTuple):
     """`kind` is the target of the conversion; `files` are all files beside the record.
 
+    `dtype` is that of the trained parameters in them: float32, bfloat16.
     `stage` and `source_manifest_xxh3_128` are None for a checkpoint that had no manifest.
     """
 

@@ -1,9 +1,9 @@
 """Read the weights of one engine out of DeepSpeed's checkpoint files, a tensor at a time.
 
 ZeRO-3 cuts every tensor into one share per rank, the last ones padded: a frozen parameter is a
-fragment in each `*_model_states.pt`, a trained one a stretch of a flat fp32 vector in each
+fragment in each `*_model_states.pt`, a trained one a stretch of a flat vector of masters in each
 `*_optim_states.pt`. ZeRO-1 and 2 keep the whole module in one `mp_rank_00_model_states.pt`, and lay
-the fp32 masters of a parameter group end to end in one vector that is cut at the ranks' borders.
+the masters of a parameter group end to end in one vector that is cut at the ranks' borders.
 With tensor parallelism all of that is there once for each tensor rank, of its slices.
 
 Beside DeepSpeed's files may lie two kinds of the trainer's own: a moving average of each rank's
@@ -40,7 +40,7 @@ _PIECE_ELEMENTS = 1 << 20
 class ZeroCheckpoint:
     """The tensors in one engine's checkpoint folder; any layout, ZeRO stage 1, 2 or 3.
 
-    `tensors` maps a name to its `TensorInfo`: fp32 masters of the trained parameters, frozen
+    `tensors` maps a name to its `TensorInfo`: masters of the trained parameters, frozen
     parameters in the dtype they were trained beside, and the persistent buffers of rank 0.
     A parameter that is shared under several names appears under each of them; `aliases` maps the
     further ones to the first. With `averages` the moving averages in the step folder above take the

@@ -1,4 +1,4 @@
-"""First values of the weights: which file each comes from, and the proof that all were set.
+"""First values of the generator's weights: which file each is from; the proof that all were set.
 
 Poison, then prove: everything is NaN before it is filled, so what stays without a value is found
 and named, on whichever rank it lies. `engines` does the filling, under these context managers.
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqrae_ds.config import TrainConfig
-from vqrae_ds.config.schema import InitConfig
+from vqrae_ds.conversion.record import RECORD_NAME, Record, read_record
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.manifest import MANIFEST_NAME, read_manifest
 from vqrae_ds.models.training_model import TrainingModel
@@ -48,7 +47,7 @@ class Source(NamedTuple):
     def read(self) -> Tensor:
         """The tensor, on the CPU. Raises `ValueError` where it holds NaN or infinity."""
         tensor = self.folder.read(self.name)
-        _check_finite(tensor, self.name, self.folder.file_of(self.name))
+        check_finite(tensor, self.name, self.folder.file_of(self.name))
         return tensor if self.split is None else own_slice(tensor, self.split, self.place)
 
     def read_range(self, start: int, numel: int) -> Tensor:
@@ -71,18 +70,17 @@ def find_sources(
     """
     expected = set(model.state_dict())
     if config.init.from_run is not None:
-        folder = ZeroCheckpoint(_step(config.init.from_run) / "generator")
+        folder = ZeroCheckpoint(start_folder(config.init.from_run) / "generator")
         sources = {n: Source(folder, n) for n in folder.names() if n.startswith("vqrae.")}
         if model.teacher is not None:
             sources |= _teacher_of_run(folder)
     elif config.init.model is not None:
         folder = WeightFolder(config.init.model)
+        record = _record_of(folder)
+        _warn_of_rounding(folder, record)
         sources = {f"vqrae.{name}": Source(folder, name) for name in folder.names()}
-        if folder.read("decoder.head.weight").dtype != torch.float32:
-            logger.warning("%s was converted for inference: it starts rounded", folder.folder)
         if model.teacher is not None:
-            encoder = [n for n in folder.names() if n.startswith("encoder.")]
-            sources |= {f"teacher.{n.removeprefix('encoder.')}": Source(folder, n) for n in encoder}
+            sources |= _teacher_of_folder(folder, record)
     elif config.init.encoder_weights is not None:
         folder = WeightFolder(config.init.encoder_weights)
         used = [name for name in folder.names() if not model.vqrae.encoder.leaves_out(name)]
@@ -170,47 +168,41 @@ def freed_memory_returned() -> Iterator[None]:
             mallopt(trim_threshold, 64 << 20)
 
 
-def load_discriminator(discriminator: nn.Module, init: InitConfig) -> None:
-    """A discriminator that was trained before goes on; where there is none it starts anew.
+def _record_of(folder: WeightFolder) -> Record | None:
+    """None where the folder was not converted, but saved by `VQRAE.save_pretrained`."""
+    return read_record(folder.folder) if (folder.folder / RECORD_NAME).is_file() else None
 
-    That of another run (`init.from_run`) starts anew as well where its architecture is another.
-    Raises `ValueError` for a file of `init.model` that does not fit, and for NaN or infinity.
+
+def _warn_of_rounding(folder: WeightFolder, record: Record | None) -> None:
+    dtype = folder.read("decoder.head.weight").dtype
+    if dtype == torch.float32:
+        return
+    if record is not None and record.kind == "stage2":
+        why = "its run kept masters in"
+    elif record is not None:
+        why = "was converted for inference: it starts rounded to"
+    else:
+        why = "starts rounded to"
+    logger.warning("%s: %s %s", folder.folder, why, str(dtype).removeprefix("torch."))
+
+
+def _teacher_of_folder(folder: WeightFolder, record: Record | None) -> dict[str, Source]:
+    """The encoder is the teacher: no conversion keeps one.
+
+    Raises `ValueError` for a folder of stage 2: its encoder is not the first one any more.
     """
-    if init.from_run is not None:
-        _load_discriminator_of_run(discriminator, _step(init.from_run) / "discriminator")
-    elif init.model is not None:
-        _load_discriminator_file(discriminator, Path(init.model) / "discriminator.safetensors")
-
-
-def _load_discriminator_of_run(discriminator: nn.Module, folder: Path) -> None:
-    if not folder.is_dir():
-        logger.info("%s does not exist: the discriminator starts untrained", folder)
-        return
-    checkpoint = ZeroCheckpoint(folder)
-    shapes = {name: tuple(tensor.shape) for name, tensor in discriminator.state_dict().items()}
-    if {name: checkpoint.shape(name) for name in checkpoint.names()} != shapes:
-        logger.warning("%s is of another architecture: the discriminator starts untrained", folder)
-        return
-    discriminator.load_state_dict({name: Source(checkpoint, name).read() for name in shapes})
-
-
-def _load_discriminator_file(discriminator: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        logger.info("%s does not exist: the discriminator starts untrained", path)
-        return
-    weights = load_file(path)
-    for name, tensor in weights.items():
-        _check_finite(tensor, name, path)
-    # LeCam may be on in one stage alone: its averages are taken over where both have them.
-    averages = {n: t for n, t in discriminator.state_dict().items() if n.startswith("averages.")}
-    weights = {n: t for n, t in weights.items() if n in averages or not n.startswith("averages.")}
-    weights = averages | weights
-    try:
-        discriminator.load_state_dict(weights)
-    except RuntimeError as error:
+    if record is not None and record.stage == 2:
         raise ValueError(
-            f"{path} does not fit losses.adversarial (discriminator, channels, num_layers): {error}"
-        ) from error
+            f"init.model: {folder.folder} is of stage 2, and its encoder is not the first one any "
+            "more: name its run in init.from_run instead, which has the teacher, set "
+            "losses.distillation to null, or start from stage 1"
+        )
+    encoder = "encoder."
+    return {
+        f"teacher.{n.removeprefix(encoder)}": Source(folder, n)
+        for n in folder.names()
+        if n.startswith(encoder)
+    }
 
 
 def _teacher_of_run(checkpoint: ZeroCheckpoint) -> dict[str, Source]:
@@ -234,7 +226,8 @@ def _teacher_of_run(checkpoint: ZeroCheckpoint) -> dict[str, Source]:
     }
 
 
-def _step(from_run: str) -> Path:
+def start_folder(from_run: str) -> Path:
+    """What `init.from_run` names once it is resolved."""
     folder = Path(from_run)
     assert (folder / MANIFEST_NAME).is_file(), "checkpoint.resolve_start names the step folder"
     return folder
@@ -254,7 +247,8 @@ def _shares(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer.data
 
 
-def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
+def check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    """Raise `ValueError` where a tensor that was read from `file` holds NaN or infinity."""
     if not is_finite(tensor):
         raise ValueError(
             f"{name} in {file} holds NaN or infinity: the file is damaged or of a run that "
