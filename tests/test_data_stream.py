@@ -282,9 +282,10 @@ def test_evaluation_sees_each_sample_once_in_equal_batches(
     for batch in itertools.chain.from_iterable(zip(*ranks, strict=True)):
         assert batch.images_B3HW.shape == (batch_size, 3, 16, 16)
         assert batch.is_real_B.shape == (batch_size,) and batch.is_real_B.dtype == torch.bool
-        for image, is_real, key in zip(*batch, strict=True):
+        for image, is_real, key, number in zip(*batch, strict=True):
             sample = photos.sample(numbers[key])
             assert torch.equal(image, decode_sample(sample, centre_crop, image_size=16))
+            assert is_real == (number < 8) and number % 8 == numbers[key]
             seen += [key] if is_real else []
     assert seen == list(numbers)
 

@@ -80,8 +80,8 @@ def validation_of(model: TrainingModel, images: torch.Tensor) -> Validation:
     """Three images in two batches of two: the fourth place is a repeat of the first image."""
     padded = torch.cat([images[2:], images[:1]])
     batches = [
-        EvaluationBatch(images[:2], torch.tensor([True, True]), ["a", "b"]),
-        EvaluationBatch(padded, torch.tensor([True, False]), ["c", "a"]),
+        EvaluationBatch(images[:2], torch.tensor([True, True]), ["a", "b"], torch.arange(2)),
+        EvaluationBatch(padded, torch.tensor([True, False]), ["c", "a"], torch.arange(2, 4)),
     ]
     engine = PlainEngine(model)
     found = validate(engine, batches, lambda a, b: (a - b).abs().mean((1, 2, 3)), CPU)

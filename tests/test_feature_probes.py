@@ -109,6 +109,9 @@ def test_labels_come_from_cls_and_json_members_in_index_order(tmp_path: Path) ->
     assert found.names == ["7", "cat"]
     assert found.labels_n.tolist() == [0, 1, -1, 0]
     assert read_labels(index, "id").labels_n.tolist() == [1, 0, -1, -1]
+    assert read_labels(index, "label", num_images=3).labels_n.tolist() == [0, 1, -1]
+    (tmp_path / "1.tar").unlink()
+    assert read_labels(index, "label", num_images=1).names == ["7"], "nothing behind it is opened"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,7 @@ def test_labels_come_from_cls_and_json_members_in_index_order(tmp_path: Path) ->
         ({"a.json": b"{"}, "cannot be read as a label"),
         ({"a.json": b'{"label": [1]}'}, "neither text nor a whole number"),
         ({"a.cls": b"\xff"}, "cannot be read as a label"),
+        ({"a.json": b"[" * 200_000}, "cannot be read as a label: maximum recursion depth"),
     ],
 )
 def test_a_label_that_is_none_is_refused(

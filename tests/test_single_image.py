@@ -98,6 +98,28 @@ def test_the_tool_writes_grid_codes_and_each_reconstruction(model: VQRAE, tmp_pa
     assert f"{PHOTO}: PSNR {entries[0]['figures']['psnr']:.2f} dB" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "{}/grid"], "--out {}/grid has no name of a PNG file: let it end in .png"),
+        (["--out", "{}/grid.jpg"], "--out {}/grid.jpg has no name of a PNG file"),
+        (["--out", "{}/file/grid.png"], "--out: {}/file is a file, and no folder"),
+        (["--out", "{}/grid.png", "--each", "{}/file"], "--each: {}/file is a file"),
+        (["--out", "{}/file/below/grid.png"], "[Errno 20] Not a directory: '{}/file/below'"),
+        (["--out", "{}/grid.png", "--each", "{}/file/below"], "[Errno 20] Not a directory"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_read(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = [option.format(tmp_path) for option in options]
+    done = run_python("tools/reconstruct.py", str(tmp_path / "no_model"), str(PHOTO), *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: {message.format(tmp_path)}")
+    assert done.stderr.count("\n") == 1
+
+
 def test_what_the_tool_offers_is_what_the_package_has() -> None:
     spec = importlib.util.spec_from_file_location("tool", ROOT / "tools/reconstruct.py")
     tool = importlib.util.module_from_spec(spec)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from vqrae_ds.data.index import ShardIndex
     from vqrae_ds.data.opening import Reader
     from vqrae_ds.evaluation.instruments import Opened
-    from vqrae_ds.evaluation.labels import Labels
     from vqrae_ds.evaluation.whole_set import SetFigures
 
 PAGE = "page.png"
@@ -45,7 +44,8 @@ What is measured, each figure with the tokens an image and the compression besid
   retention         with --encoder: cosine and squared distance of the features to the original
                     encoder's, and how many of ten nearest images are the same
   classes           where images have a KEY.cls, or a field --label-field in KEY.json: accuracy of
-                    the neighbours and of a linear probe, on the features of either encoder
+                    the neighbours and of a linear probe, on the features of either encoder;
+                    left out, with the reason, where they cannot be read
 
 The protocol is fixed: the largest centre square, resized by an antialiased bicubic filter in 8 bit;
 reconstructions are rounded to 8 bit; neither is resized again, but by Inception, to 299 px. Figures
@@ -113,7 +113,6 @@ class Measured(NamedTuple):
     index: ShardIndex
     data: DataConfig
     opened: Opened
-    labels: Labels | None
     image_size: int
     found: SetFigures
 
@@ -124,7 +123,6 @@ def measure(args: argparse.Namespace, reader: Reader) -> Measured | None:
     from vqrae_ds.data.opening import open_index
     from vqrae_ds.evaluation.instruments import Wanted, open_instruments
     from vqrae_ds.evaluation.joining import choose_device
-    from vqrae_ds.evaluation.labels import read_labels
     from vqrae_ds.evaluation.whole_set import measure_set
     from vqrae_ds.ranks import failing_together
 
@@ -139,9 +137,6 @@ def measure(args: argparse.Namespace, reader: Reader) -> Measured | None:
         )
         # Now, and not after hours of measuring.
         args.out.mkdir(parents=True, exist_ok=True)
-        labels = None
-        if reader.rank == 0:
-            labels = read_labels(index, args.label_field, skip_bad=args.skip_bad)
     image_size = args.size or opened.instruments.model.config.image_size
     found = measure_set(
         opened.instruments,
@@ -152,20 +147,28 @@ def measure(args: argparse.Namespace, reader: Reader) -> Measured | None:
         batch_size=args.batch_size,
         num_images=args.images,
     )
-    return None if found is None else Measured(index, data, opened, labels, image_size, found)
+    return None if found is None else Measured(index, data, opened, image_size, found)
 
 
 def report(args: argparse.Namespace, measured: Measured) -> None:
     """Write the three files, and the figures to stdout."""
     from vqrae_ds.data.opening import decoding_of
+    from vqrae_ds.evaluation.labels import read_labels
     from vqrae_ds.evaluation.picture_page import draw_page
     from vqrae_ds.evaluation.set_report import as_lines, as_markdown
     from vqrae_ds.evaluation.set_summary import Subject, summarize_set
     from vqrae_ds.manifest import write_json_atomically
 
-    index, data, (instruments, left_out), labels, image_size, found = measured
+    index, data, (instruments, left_out), image_size, found = measured
     model = instruments.model
     dtype = model.decoder.head.weight.dtype
+    labels = None
+    try:  # no peer waits any more: the shards are read once again for it
+        labels = read_labels(
+            index, args.label_field, num_images=args.images, skip_bad=args.skip_bad
+        )
+    except ValueError as error:  # which must not cost what was measured
+        left_out = {**left_out, "classes": str(error)}
     numbers = summarize_set(
         Subject(args.model, model.config, dtype, args.shards, image_size),
         found,

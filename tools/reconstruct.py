@@ -34,6 +34,10 @@ FITS, VERSIONS = ("crop", "resize", "pad"), ("original", "reconstruction", "erro
 def main() -> None:
     """Read the command line, reconstruct, write what was asked for."""
     args = parse_arguments()
+    paths = image_paths(args.images)
+    for folder in (args.out.parent, args.each):  # now, and not after the work
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     # Imported here, so that --help and mistakes do not wait for torch.
     from vqrae_ds.data.fit import on_one_canvas
     from vqrae_ds.evaluation.instruments import load_model
@@ -42,7 +46,6 @@ def main() -> None:
     from vqrae_ds.evaluation.single_image import reconstruct_file
     from vqrae_ds.manifest import write_json_atomically
 
-    paths = image_paths(args.images)
     model = load_model(args.model, None, choose_device(args.device))
     results = [reconstruct_file(model, path, args.fit, args.size) for path in paths]
     columns = [on_one_canvas([result.version(name) for result in results]) for name in args.show]
@@ -78,6 +81,11 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.size is not None and args.size < 1:
         raise ValueError(f"--size {args.size} is not a number of pixels")
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out} has no name of a PNG file: let it end in .png")
+    for name, folder in (("out", args.out.parent), ("each", args.each)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"--{name}: {folder} is a file, and no folder")
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json}: {args.json.parent} is no folder")
     return args

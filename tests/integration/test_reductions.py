@@ -51,7 +51,8 @@ def measure(rank: int, folder: Path) -> None:
     model = TrainingModel(build_model())
     images = images_of(0, rank)
     calibrate(PlainEngine(model), [Batch(images, [])], num_images=4, device=CPU)
-    batch = EvaluationBatch(images, TRUE if rank == 0 else FALSE, [])
+    numbers = torch.arange(2) + 2 * rank
+    batch = EvaluationBatch(images, TRUE if rank == 0 else FALSE, [], numbers)
     validation = validate(PlainEngine(model), [batch], None, CPU)
 
     sections = {"output_dir": str(folder / "run"), "profile_steps": [1, 1]}

@@ -33,12 +33,13 @@ class EvaluationBatch(NamedTuple):
     """A batch of one pass over the data.
 
     Where `is_real_B` is False, a repeat fills it up, or the sample could not be used; its key is
-    empty where nobody knows it.
+    empty where nobody knows it. `numbers_B` are the places in the index, counted on behind its end.
     """
 
     images_B3HW: torch.Tensor  # float32 in [0, 1]
     is_real_B: torch.Tensor  # bool
     keys: list[str]
+    numbers_B: torch.Tensor  # int64
 
 
 def training_batches(
@@ -104,7 +105,8 @@ def evaluation_batches(
                 is_real[place] = False
             images.append(image)
             keys.append(key)
-        yield EvaluationBatch(torch.stack(images), torch.tensor(is_real), keys)
+        numbers_B = torch.tensor(numbers)
+        yield EvaluationBatch(torch.stack(images), torch.tensor(is_real), keys, numbers_B)
 
 
 class _TrainingSet(Dataset):

@@ -31,15 +31,21 @@ class Labels(NamedTuple):
     names: list[str]
 
 
-def read_labels(index: ShardIndex, field: str, *, skip_bad: bool = False) -> Labels | None:
-    """The classes of the images of an index, or None where not one has a class.
+def read_labels(
+    index: ShardIndex, field: str, *, num_images: int | None = None, skip_bad: bool = False
+) -> Labels | None:
+    """The classes of the first `num_images` of an index, or None where not one has a class.
 
-    A `.cls` member goes before the `field` of a `.json` one. Raises `ValueError` for a member that
-    cannot be understood, and for a shard that is damaged or missing; with `skip_bad` what is behind
-    such a place in its shard has no class.
+    By default they are those of all; no shard behind them is opened. A `.cls` member goes before
+    the `field` of a `.json` one. Raises `ValueError` for a member that cannot be understood, and
+    for a shard that is damaged or missing; with `skip_bad` what is behind such a place in its shard
+    has no class.
     """
+    limit = min(num_images or index.num_samples, index.num_samples)
     found: list[str | None] = []
     for number, shard in enumerate(index.shards):
+        if len(found) >= limit:
+            break
         by_key: dict[str, str] = {}
         try:
             for key, label in _labels_of(shard, field):
@@ -50,6 +56,7 @@ def read_labels(index: ShardIndex, field: str, *, skip_bad: bool = False) -> Lab
                 raise ValueError(message) from error
             logger.warning("%s", message)
         found += [by_key.get(key) for key in index.samples_of(number).keys]
+    found = found[:limit]
     names = sorted({name for name in found if name is not None})
     if not names:
         return None
@@ -93,7 +100,7 @@ def _label(descriptor: int, member: Member, kind: str, field: str) -> str | None
         if kind == "cls":
             return data.decode().strip()
         value = json.loads(data)
-    except ValueError as error:  # what is not UTF-8, or no JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or nested without end
         raise ValueError(f"{where} cannot be read as a label: {error}") from error
     label = value.get(field) if isinstance(value, dict) else None
     if label is None or isinstance(label, str | int):

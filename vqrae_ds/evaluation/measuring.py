@@ -68,28 +68,31 @@ class Reconstructed(NamedTuple):
 def reconstruct(model: VQRAE, images_B3SS: Tensor) -> Reconstructed:
     """Images of floats in [0, 1] -> codes -> 8-bit images.
 
-    Raises `ValueError` where the features are not finite.
+    Raises `ValueError` where the features, or what becomes of their codes, are not finite.
     """
     output = model(images_B3SS)
     model.quantizer.check_finite(output.z_BNE)
+    _check_finite(output.patches_BhwP, "the decoder's output")
     images_hat = as_bytes(output.reconstruction).float() / 255
     return Reconstructed(images_hat, output.features_BND, output.indices_Bhw.flatten(1))
 
 
 @torch.no_grad()
-def measure(
-    instruments: Instruments, batch: EvaluationBatch, first_number: int, limit: int
-) -> Measured:
-    """The batch that begins with image `first_number`; images from `limit` on do not count."""
+def measure(instruments: Instruments, batch: EvaluationBatch, limit: int) -> Measured:
+    """The images of a batch, of which those from number `limit` on do not count.
+
+    Raises `ValueError` as `reconstruct` does, and for features of the original encoder or of
+    Inception that are not finite.
+    """
     model, device = instruments.model, next(instruments.model.parameters()).device
-    numbers_B = torch.arange(first_number, first_number + len(batch.is_real_B))
-    counts_B = batch.is_real_B & (numbers_B < limit)
+    counts_B = batch.is_real_B & (batch.numbers_B < limit)
     images = batch.images_B3HW.to(device)
     found = reconstruct(model, images)
     figures = dict(image_figures(found.images_hat_B3SS, images, instruments.perceptual))
     pooled = {TRAINED: _pooled(found.features_BND)}
     if instruments.original is not None:
         first_BND = instruments.original(model.resize_for_encoder(images))
+        _check_finite(first_BND, "the original encoder's output")
         figures["cosine"] = feature_cosine(found.features_BND, first_BND)
         difference_BND = found.features_BND.float() - first_BND.float()
         figures["l2"] = difference_BND.square().mean((1, 2))
@@ -99,14 +102,25 @@ def measure(
     if instruments.inception is not None:
         sides = (instruments.inception(side).cpu()[counts_B] for side in (bytes_B, bytes_hat_B))
         inception = InceptionFeatures(*sides)
+        for features_nF in inception:
+            _check_finite(features_nF, "Inception's output")
     return Measured(
-        numbers_n=numbers_B[counts_B],
+        numbers_n=batch.numbers_B[counts_B],
         figures={name: value_B.double().cpu()[counts_B] for name, value_B in figures.items()},
         is_same_n=(bytes_B == bytes_hat_B).flatten(1).all(1).cpu()[counts_B],
         indices_nN=found.indices_BN.cpu()[counts_B].int(),
         pooled={name: value_BD.cpu()[counts_B] for name, value_BD in pooled.items()},
         inception=inception,
     )
+
+
+def _check_finite(values: Tensor, name: str) -> None:
+    """Raise `ValueError`, for what comes of such values looks sound: black and white pixels."""
+    if count := int((~values.isfinite()).sum()):
+        raise ValueError(
+            f"{count} of {values.numel()} values of {name} are not finite: usually the weights are "
+            "damaged or their training diverged"
+        )
 
 
 def _pooled(features_BND: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Shapes: B batch, H x W pixels, h x w grid of tokens, N = h*w tokens, D encoder w
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -13,15 +15,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqrae_ds.data.stream import EvaluationBatch
+from vqrae_ds.evaluation.first_images import FirstImages
 from vqrae_ds.losses.distillation import feature_cosine
 from vqrae_ds.models.quantizer import codebook_statistics
 from vqrae_ds.models.training_model import TrainingOutput
 
 SSIM_WINDOW = 11  # px, with a Gaussian of 1.5 px
+PSNRS = ("psnr", "baseline_psnr")
 
 
 class Validation(NamedTuple):
-    """Figures of the set by name; the first images and their reconstructions, in [0, 1]."""
+    """Figures of the set by name; its first images and their reconstructions, in [0, 1]."""
 
     figures: dict[str, float]
     images_B3HW: Tensor
@@ -61,7 +65,9 @@ def ssim(images_hat_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
 
 def mean_colour(images_B3HW: Tensor) -> Tensor:
     """Each image replaced by its mean colour: the reconstruction that needs no tokenizer."""
-    return images_B3HW.mean((2, 3), keepdim=True).expand_as(images_B3HW)
+    # In float64, where a flat image is its mean to the last bit: in float32 most grey ones are not.
+    mean_B311 = images_B3HW.double().mean((2, 3), keepdim=True)
+    return mean_B311.to(images_B3HW.dtype).expand_as(images_B3HW)
 
 
 @torch.no_grad()
@@ -74,41 +80,50 @@ def validate(
 ) -> Validation:
     """One pass over the validation set; every rank calls it, with equally many batches.
 
-    The first `num_shown` images of this rank come back, with their reconstructions.
-    Images that fill up a batch count for nothing. Codes are counted for the training alone, so
-    those of the pass are taken back.
+    The first `num_shown` images of the index that can be used come back on each of them, with their
+    reconstructions. Images that fill up a batch count for nothing, and those of an infinite PSNR
+    not in its mean, which is NaN where no image is left. Codes are counted for the training alone,
+    so those of the pass are taken back.
     """
     vqrae = engine.module.vqrae
     training_counts_K = vqrae.quantizer.code_counts.clone()
-    shown: list[tuple[Tensor, Tensor]] = []
+    shown = FirstImages(num_shown)
     engine.eval()
-    sums: dict[str, Tensor] = {}
-    num_images = torch.zeros(1, dtype=torch.float64, device=device)
+    sums: dict[str, Tensor] = {}  # of a figure, and how many images are in it
     counts_K = torch.zeros(vqrae.quantizer.num_embeddings, dtype=torch.float64, device=device)
     for batch in batches:
         images, is_real_B = batch.images_B3HW.to(device), batch.is_real_B.to(device)
         output = engine(images)
         images_hat = output.vqrae.reconstruction
-        if sum(len(images) for images, _ in shown) < num_shown:
-            shown.append((images[is_real_B], images_hat[is_real_B]))
-        num_images += is_real_B.sum()
-        for name, value_B in image_figures(images_hat, images, perceptual):
-            name = f"validation/{name}"
-            sums[name] = sums.get(name, 0) + value_B[is_real_B].double().sum()
-        for name, value_B in _retention(output, vqrae.freeze_encoder):
-            sums[name] = sums.get(name, 0) + value_B[is_real_B].double().sum()
+        shown.add(batch, images, images_hat)
+        for name, value_B in itertools.chain(
+            image_figures(images_hat, images, perceptual), _retention(output, vqrae.freeze_encoder)
+        ):
+            value_n = value_B[is_real_B & counts_in_mean(name, value_B)].double()
+            both_2 = torch.stack([value_n, torch.ones_like(value_n)]).sum(1)
+            sums[name] = sums.get(name, 0) + both_2
         used = output.vqrae.indices_Bhw[is_real_B].flatten()
         counts_K.index_add_(0, used, torch.ones_like(used, dtype=torch.float64))
     engine.train()
     vqrae.quantizer.code_counts.copy_(training_counts_K)
-    assert shown, "the validation set is empty"
-    totals = torch.cat([num_images, torch.stack(tuple(sums.values())), counts_K])
+    assert sums, "the validation set is empty"
+    totals = torch.cat([*sums.values(), counts_K])
     dist.all_reduce(totals)
-    number, sums_M, counts_K = totals.split([1, len(sums), len(counts_K)])
-    figures = dict(zip(sums, (sums_M / number).tolist(), strict=True))
+    sums_M2, counts_K = totals[: -len(counts_K)].view(-1, 2), totals[-len(counts_K) :]
+    means = (sums_M2[:, 0] / sums_M2[:, 1]).tolist()
+    figures = {f"validation/{name}": mean for name, mean in zip(sums, means, strict=True)}
     codes = codebook_statistics(counts_K)
     figures |= {"validation/usage": codes.usage, "validation/perplexity": codes.perplexity}
-    return Validation(figures, *(torch.cat(side)[:num_shown] for side in zip(*shown, strict=True)))
+    return Validation(figures, *shown.of_all_ranks())
+
+
+def counts_in_mean(name: str, values_n: Tensor) -> Tensor:
+    """Which images count in the mean of a figure, (n,) bool.
+
+    An image without any error has an infinite PSNR, with which the mean of all would be infinite.
+    """
+    is_infinite_n = values_n == math.inf
+    return ~is_infinite_n if name in PSNRS else torch.ones_like(is_infinite_n)
 
 
 def image_figures(
@@ -139,6 +154,6 @@ def _retention(output: TrainingOutput, is_frozen: bool) -> Iterator[tuple[str, T
     if first_BND is None and is_frozen:
         first_BND = features_BND
     if first_BND is not None:
-        yield "validation/teacher_cosine", feature_cosine(features_BND, first_BND)
+        yield "teacher_cosine", feature_cosine(features_BND, first_BND)
         difference_BND = features_BND.float() - first_BND.float()
-        yield "validation/teacher_l2", difference_BND.square().mean((1, 2))
+        yield "teacher_l2", difference_BND.square().mean((1, 2))

@@ -18,6 +18,7 @@ from vqrae_ds.config import ModelConfig
 from vqrae_ds.evaluation.labels import Labels
 from vqrae_ds.evaluation.linear_probe import linear_probe
 from vqrae_ds.evaluation.measuring import ORIGINAL, TRAINED
+from vqrae_ds.evaluation.metrics import counts_in_mean
 from vqrae_ds.evaluation.neighbours import (
     AGREEMENT_NEIGHBOURS,
     TEMPERATURE,
@@ -71,10 +72,10 @@ def summarize_set(
     """All numbers of the report; `left_out` has the reason for each figure that is not there.
 
     `is_canonical` says whether the distance of Inception features may be called rFID. A figure that
-    is infinite or undefined is None.
+    is infinite or undefined is None, with the reason in `left_out`.
     """
     left_out = dict(left_out)
-    figures = {n: _mean(found.figures[n]) for n in IMAGE_FIGURES if n in found.figures}
+    figures = {n: _mean(n, found, left_out) for n in IMAGE_FIGURES if n in found.figures}
     if found.frechet is not None:
         figures["rfid" if is_canonical else "frechet_other_inception"] = found.frechet
     return {
@@ -136,10 +137,10 @@ def _codebook(counts_K: Tensor, tokens: int) -> dict[str, Any]:
     }
 
 
-def _retention(found: SetFigures, left_out: dict[str, str]) -> dict[str, float]:
+def _retention(found: SetFigures, left_out: dict[str, str]) -> dict[str, float | None]:
     if ORIGINAL not in found.pooled:
         return {}
-    figures = {name: _mean(found.figures[name]) for name in RETENTION_FIGURES}
+    figures = {name: _mean(name, found, left_out) for name in RETENTION_FIGURES}
     number = len(found.pooled_numbers_m)
     # Of a small set ten neighbours would be most of it, and agree whatever the features are.
     num_neighbours = min(AGREEMENT_NEIGHBOURS, (number - 1) // 4)
@@ -156,17 +157,20 @@ def _retention(found: SetFigures, left_out: dict[str, str]) -> dict[str, float]:
 
 
 def _classes(found: SetFigures, labels: Labels | None, left_out: dict[str, str]) -> dict[str, Any]:
-    """Accuracies by whose features they are of; empty without labels."""
+    """Accuracies by whose features they are of; empty without labels of two classes."""
     if labels is None:
-        left_out["classes"] = "no image has a .cls member, or the label's field in a .json one"
+        why = "no image has a .cls member, or the label's field in a .json one"
+        left_out.setdefault("classes", why)
         return {}
     labels_m = labels.labels_n[found.pooled_numbers_m]
     is_labelled_m = labels_m >= 0
-    labels_m = labels_m[is_labelled_m]
-    if len(labels_m) < 2:
-        left_out["classes"] = f"{len(labels_m)} images with a class are too few"
+    # Counted anew: the index may have classes of which no image was measured.
+    classes, labels_m = labels_m[is_labelled_m].unique(return_inverse=True)
+    if len(classes) < 2:
+        number = f"{len(labels_m)} images with a class are of {len(classes)} classes"
+        left_out["classes"] = f"the {number}, and it takes two to tell apart"
         return {}
-    result: dict[str, Any] = {"num_images": len(labels_m), "num_classes": len(labels.names)}
+    result: dict[str, Any] = {"num_images": len(labels_m), "num_classes": len(classes)}
     for whose, pooled_mD in found.pooled.items():
         features_nD = pooled_mD[is_labelled_m]
         accuracies: dict[str, Any] = {"knn_accuracy": vote_accuracy(features_nD, labels_m)}
@@ -179,10 +183,17 @@ def _classes(found: SetFigures, labels: Labels | None, left_out: dict[str, str])
     return result
 
 
-def _mean(values_n: Tensor) -> float | None:
-    """Over what is finite: an image without any error has an infinite PSNR."""
-    finite = values_n[values_n.isfinite()]
-    return finite.mean().item() if len(finite) else None
+def _mean(name: str, found: SetFigures, left_out: dict[str, str]) -> float | None:
+    """Over the images that count in it; undefined where the figure of one of them is not finite."""
+    values_n = found.figures[name]
+    values_n = values_n[counts_in_mean(name, values_n)]
+    if not len(values_n):
+        left_out[name] = "it is infinite for each image"
+        return None
+    if bad := int((~values_n.isfinite()).sum()):
+        left_out[name] = f"it is not a finite number for {bad} of {len(values_n)} images"
+        return None
+    return values_n.mean().item()
 
 
 def _spread(values_n: Tensor) -> dict[str, float | None]:

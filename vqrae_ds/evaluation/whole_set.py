@@ -71,16 +71,17 @@ def measure_set(
     gathered = _Gathered(instruments, limit) if reader.rank == 0 else None
     with torch.no_grad():
         for turn in range(num_rounds):
-            first_number = (turn * reader.world_size + reader.rank) * batch_size
             with failing_together():
-                mine = measure(instruments, next(batches), first_number, limit)
+                mine = measure(instruments, next(batches), limit)
             pieces = [None] * reader.world_size if gathered is not None else None
             dist.gather_object(mine, pieces)
-            if gathered is not None:
-                for piece in pieces:
-                    gathered.add(piece)
-                gathered.show_progress(is_last=turn == num_rounds - 1)
-    return None if gathered is None else gathered.finish()
+            with failing_together():
+                if gathered is not None:
+                    for piece in pieces:
+                        gathered.add(piece)
+                    gathered.show_progress(is_last=turn == num_rounds - 1)
+    with failing_together():
+        return None if gathered is None else gathered.finish()
 
 
 class _Gathered:
