@@ -63,7 +63,7 @@ def test_both_sides_take_turns(tmp_path):
             file.write(f"{number} ")
 
     costs = take_turns(commands, 3, end_of_round)
-    assert log.read_text().split() == "ours peer 0 peer ours 1 ours peer 2".split()
+    assert log.read_text() == "ours peer 0 peer ours 1 ours peer 2 "
     assert [len(costs.ours), len(costs.peer)] == [3, 3]
 
 

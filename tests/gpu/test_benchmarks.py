@@ -1,4 +1,4 @@
-"""The benchmarks that need a GPU: what they hand back on one; their goals are for a quiet machine."""
+"""The benchmarks that need a GPU, on one. The goals of time are for a quiet machine."""
 
 from __future__ import annotations
 
