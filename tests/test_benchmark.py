@@ -23,7 +23,7 @@ from vqrae_ds.benchmarks.step import (
     paired_ratios,
     take_turns,
 )
-from vqrae_ds.benchmarks.table import Report, Row, as_json, as_text
+from vqrae_ds.benchmarks.table import Goal, Report, Row, as_json, as_text, judge
 from vqrae_ds.config import AdversarialConfig, DistillationConfig, LossConfig
 from vqrae_ds.losses.objective import Objective
 from vqrae_ds.models.discriminator import PatchDiscriminator
@@ -170,6 +170,30 @@ def test_a_report_as_text_has_a_line_a_row():
 
 
 @pytest.mark.parametrize(
+    "ours, goal, is_met",
+    [
+        (1.15, Goal(0, 1.15), True),
+        (1.16, Goal(0, 1.15), False),
+        (0.92, Goal(0.93, 1.07), False),
+        (1.07, Goal(0.93, 1.07), True),
+        (40.0, Goal(1, None), True),
+        (0.99, Goal(1, None), False),
+    ],
+)
+def test_a_goal_is_met_within_its_range(ours, goal, is_met):
+    rows = [Row("search", 2 * ours, 2.0, "product", "ms"), *ROWS]
+    assert judge(rows, {"search": goal})["search"]["is_met"] == is_met
+
+
+@pytest.mark.parametrize("name", ["kernel", "mfu"])
+def test_what_needs_a_gpu_says_so_in_one_line(name, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    done = run_python("tools/benchmark.py", name)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "needs a GPU" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         ([], "NAME"),
@@ -179,6 +203,18 @@ def test_a_report_as_text_has_a_line_a_row():
         (["step", "--json", "no/such/folder/step.json"], "no/such/folder"),
         (["checkpoint", "--rounds", "1"], "--rounds 1"),
         (["checkpoint", "--local-dir", "no/such/folder"], "no/such/folder"),
+        (["convert", "--rounds", "1"], "--rounds 1"),
+        (["kernel", "--rounds", "1"], "--rounds 1"),
+        (["data", "--rounds", "1"], "--rounds 1"),
+        (["data", "--rounds", "3", "--peer-resume-rounds", "4"], "--peer-resume-rounds 4"),
+        (["data", "--peer-resume-rounds", "0"], "--peer-resume-rounds 0"),
+        (["data", "--folder", "no/such/folder"], "no/such/folder"),
+        (["tokenize", "--rounds", "1"], "--rounds 1"),
+        (["tokenize", "--model", "no/such/folder"], "no/such/folder"),
+        (["mfu", "--steps", "1"], "--steps 1"),
+        (["mfu", "--encoder-blocks", "0"], "--encoder-blocks 0"),
+        (["mfu", "--peak-tflops", "nan"], "--peak-tflops nan"),
+        (["mfu", "--config", "ds_configs/tiny/stage1.yaml"], "--deepspeed_config"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):

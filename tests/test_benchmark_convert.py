@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import run_python
-from vqrae_ds.benchmarks.convert import count_differing, measure
+from vqrae_ds.benchmarks.convert import Cost, Costs, count_differing, measure, take_turns
 from vqrae_ds.benchmarks.zero_checkpoint import Shape, write_checkpoint
 from vqrae_ds.conversion.inspection import inspect
 
@@ -51,6 +51,27 @@ def test_what_a_process_takes():
         measure([sys.executable, "-c", "import sys; print('the reason'); sys.exit(3)"])
 
 
+def test_both_sides_take_turns(tmp_path):
+    log = tmp_path / "log"
+    commands = {
+        side: [sys.executable, "-c", f"open({str(log)!r}, 'a').write('{side} ')"]
+        for side in ("ours", "peer")
+    }
+
+    def end_of_round(number: int) -> None:
+        with log.open("a") as file:
+            file.write(f"{number} ")
+
+    costs = take_turns(commands, 3, end_of_round)
+    assert log.read_text() == "ours peer 0 peer ours 1 ours peer 2 "
+    assert [len(costs.ours), len(costs.peer)] == [3, 3]
+
+
+def test_each_figure_has_a_median_of_its_own():
+    costs = Costs([Cost(1, 9, 5), Cost(3, 7, 4), Cost(2, 8, 6)], [Cost(4, 4, 4)] * 3)
+    assert costs.medians() == (Cost(2, 8, 5), Cost(4, 4, 4))
+
+
 def test_differences_of_two_folders_are_counted(tmp_path):
     tensors = {"a": torch.tensor([0.0, 1.0]), "b": torch.ones(3).bfloat16(), "c": torch.ones(2)}
     for name, prefix in (("ours", ""), ("peer", "vqrae.")):
@@ -66,7 +87,8 @@ def test_differences_of_two_folders_are_counted(tmp_path):
 @pytest.mark.slow
 def test_the_whole_benchmark_small(tmp_path):
     target = tmp_path / "rows.json"
-    arguments = ["--parameters", "1e6", "--folder", str(tmp_path), "--json", str(target)]
+    arguments = ["--parameters", "1e6", "--rounds", "2"]
+    arguments += ["--folder", str(tmp_path), "--json", str(target)]
     done = run_python("tools/benchmark.py", "convert", *arguments)
     assert done.returncode == 0, done.stderr
     report = json.loads(target.read_text())
@@ -74,7 +96,10 @@ def test_the_whole_benchmark_small(tmp_path):
     assert rows["tensors_that_differ_25M"]["ours"] == 0
     memory = rows["peak_anonymous_memory_above_start_25M"]
     assert memory["ratio"] < 0.2 and memory["peer"] > 50
-    assert rows["cpu_time_25M"]["ours"] > 0 and rows["cpu_time_25M"]["peer"] > 0
+    for side, rounds in report["details"]["25M"].items():
+        seconds = rounds["cpu_seconds"]
+        assert len(seconds) == 2 and min(seconds) > 0
+        assert rows["cpu_time_25M"][side] == pytest.approx(sum(seconds) / 2)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 

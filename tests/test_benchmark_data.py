@@ -20,13 +20,18 @@ PHOTOS = ROOT / "tests/data/photos"
 def test_both_read_the_same_pictures_and_each_round_begins_at_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, open_training = [], data.open_training
+    opened, open_training, replay = [], data.open_training, data._replay
 
     def noting(config: DataConfig, *arguments: object, **options: object) -> object:
         assert config.num_workers > 0
         opened.append((config.train, options["seed"], options["start"]))
         return open_training(config, *arguments, **options)
 
+    def noting_replay(*arguments: object) -> float:
+        opened.append((None, None, "peer"))
+        return replay(*arguments)
+
+    monkeypatch.setattr(data, "_replay", noting_replay)
     monkeypatch.setattr(data, "open_training", noting)
     monkeypatch.setattr(data, "SAMPLES_A_SHARD", 16)
     report = data.measure_data(PHOTOS, tmp_path, position=200, rounds=2)
@@ -46,10 +51,25 @@ def test_both_read_the_same_pictures_and_each_round_begins_at_nothing(
     assert psnr["exact_images"][0] < 100, "they are no copies of one another"
     assert 50 > psnr["fast_images"][0] >= 37 and psnr["fast_images"][1] >= 34
     assert psnr["fast_random_crops"] == psnr["exact_random_crops"], "crops too small to be halved"
-    assert [start for _, _, start in opened[1:]] == [0, 0, 2, 2, 100, 100, 200, 200]
-    assert len({path for path, _, _ in opened}) == len({seed for _, seed, _ in opened}) == 9
+    (row,) = report.rows[-1:]
+    assert row.peer_name == "webdataset, reading up to it once"
+    starts = [start for _, _, start in opened]
+    assert starts == [0, *(0, 2, 100, 200), "peer", *(0, 2, 100, 200)]
+    ours = [each for each in opened if each[2] != "peer"]
+    assert len({path for path, _, _ in ours}) == len({seed for _, seed, _ in ours}) == 9
     assert report.details["index_bytes_a_sample"] < 10
     assert not list(tmp_path.iterdir()), "nothing stays"
+
+
+def test_the_peer_resumes_by_turns(tmp_path: Path) -> None:
+    found = data._measure_resuming(PHOTOS, tmp_path / "many", 100, rounds=3, peer_rounds=2)
+    assert {at: len(seconds) for at, seconds in found.seconds.items()} == {
+        0: 3,
+        1: 3,
+        50: 3,
+        100: 3,
+    }
+    assert len(found.peer_seconds) == 2 and min(found.peer_seconds) > 0
 
 
 def test_no_photograph_is_enlarged_to_be_read(tmp_path: Path) -> None:

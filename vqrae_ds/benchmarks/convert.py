@@ -5,18 +5,23 @@ processor time is of the whole process, imports included; memory is what belongs
 alone (RssAnon), without the pages of mapped files, which the kernel takes back as it likes. A
 process that has imported PyTorch and does nothing has some hundred MB of it, so that the rows
 `above_start` show what the conversion adds. Ours reads the whole checkpoint once more, to compare
-its checksums. Then all tensors are compared.
+its checksums.
+
+Both take turns, and figures are medians. An output is removed before its side writes the next one.
+All tensors of the first two are compared, once.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,17 +46,45 @@ class Cost(NamedTuple):
     peak_anonymous_bytes: int
 
 
-def measure_convert(tool: Path, sizes: Sequence[float], folder: Path | None = None) -> Report:
-    """Convert models of about `sizes` parameters; `tool` is tools/convert_checkpoint.py.
+class Costs(NamedTuple):
+    """Of both sides, round by round."""
 
-    All files are made in `folder`, a temporary one by default, and removed. Raises `ValueError`
-    where its disk is too small, and `RuntimeError` where a conversion fails.
+    ours: list[Cost]
+    peer: list[Cost]
+
+    def medians(self) -> tuple[Cost, Cost]:
+        """Of ours and of the peer's, each figure by itself."""
+        ours, peer = (Cost(*map(statistics.median, zip(*costs, strict=True))) for costs in self)
+        return ours, peer
+
+    def of_all_rounds(self) -> dict[str, dict[str, list[float]]]:
+        """The figures by side and by name."""
+        return {
+            side: {name: [getattr(cost, name) for cost in costs] for name in Cost._fields}
+            for side, costs in self._asdict().items()
+        }
+
+
+class Converted(NamedTuple):
+    """What the conversions of one checkpoint cost, and in how many tensors they differ."""
+
+    costs: Costs
+    differing: int
+
+
+def measure_convert(
+    tool: Path, sizes: Sequence[float], folder: Path | None = None, rounds: int = 5
+) -> Report:
+    """Convert models of about `sizes` parameters `rounds` times by each side.
+
+    `tool` is tools/convert_checkpoint.py. All files are made in `folder`, a temporary one by
+    default, and removed. Raises `ValueError` where its disk is too small, and `RuntimeError` where
+    a conversion fails.
     """
     rows: list[Row] = []
-    starts = measure([sys.executable, str(tool), "--help"]), measure([*_peer_command(), "--help"])
-    details: dict[str, Any] = {
-        "start": {"ours": starts[0]._asdict(), "peer": starts[1]._asdict()},
-    }
+    helps = {"ours": [sys.executable, str(tool), "--help"], "peer": [*_peer_command(), "--help"]}
+    starts = take_turns(helps, rounds)
+    details: dict[str, Any] = {"rounds": rounds, "start": starts.of_all_rounds()}
     for size in sizes:
         blocks = max(round(size / (2 * 12 * WIDTH**2)), 1)
         shape = Shape(WIDTH, blocks, blocks)
@@ -59,9 +92,10 @@ def measure_convert(tool: Path, sizes: Sequence[float], folder: Path | None = No
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             # Checkpoint: half in bf16, half in fp32. Two outputs in fp32. Zeros take no room.
             check_space(Path(temporary) / "all", shape.numel * (3 + 2 * 4))
-            ours, peer, differing = _convert_both(Path(temporary), tool, shape)
+            costs, differing = _convert_both(Path(temporary), tool, shape, rounds)
+        ours, peer = costs.medians()
         memory = [cost.peak_anonymous_bytes / 1e6 for cost in (ours, peer)]
-        idle = [cost.peak_anonymous_bytes / 1e6 for cost in starts]
+        idle = [cost.peak_anonymous_bytes / 1e6 for cost in starts.medians()]
         above = [max(peak - start, 0) for peak, start in zip(memory, idle, strict=True)]
         rows += [
             Row(f"cpu_time_{name}", ours.cpu_seconds, peer.cpu_seconds, PEER, "s"),
@@ -69,21 +103,49 @@ def measure_convert(tool: Path, sizes: Sequence[float], folder: Path | None = No
             Row(f"peak_anonymous_memory_above_start_{name}", *above, PEER, "MB"),
             Row(f"tensors_that_differ_{name}", differing, 0, "allowed", "tensors"),
         ]
-        details[name] = {"ours": ours._asdict(), "peer": peer._asdict()}
+        details[name] = costs.of_all_rounds()
     machine = f"{NUM_RANKS} ranks' files on {describe_machine('cpu')}"
     return Report("convert", machine, rows, details)
 
 
-def _convert_both(folder: Path, tool: Path, shape: Shape) -> tuple[Cost, Cost, int]:
+def _convert_both(folder: Path, tool: Path, shape: Shape, rounds: int) -> Converted:
     checkpoint = folder / "step_00001000"
     write_checkpoint(checkpoint, shape, NUM_RANKS)
-    ours, peer = folder / "ours", folder / "peer"
-    cost_of_ours = measure(
-        [sys.executable, str(tool), str(checkpoint), str(ours), "--to", "inference"]
-    )
-    arguments = [str(checkpoint), str(peer), "--tag", "generator", "--safe_serialization"]
-    cost_of_peer = measure([*_peer_command(), *arguments])
-    return cost_of_ours, cost_of_peer, count_differing(ours, peer)
+    outputs = {"ours": folder / "ours", "peer": folder / "peer"}
+    flags = ["--tag", "generator", "--safe_serialization"]
+    commands = {
+        "ours": [sys.executable, str(tool), str(checkpoint), str(outputs["ours"])]
+        + ["--to", "inference"],
+        "peer": [*_peer_command(), str(checkpoint), str(outputs["peer"]), *flags],
+    }
+    differing = 0
+
+    def compare_and_remove(number: int) -> None:
+        nonlocal differing
+        if number == 0:
+            differing = count_differing(*outputs.values())
+        for output in outputs.values():
+            shutil.rmtree(output)
+
+    return Converted(take_turns(commands, rounds, compare_and_remove), differing)
+
+
+def take_turns(
+    commands: Mapping[str, Sequence[str]],
+    rounds: int,
+    after_round: Callable[[int], None] = lambda number: None,
+) -> Costs:
+    """Measure the commands of `ours` and `peer` by turns, every second round the other way round.
+
+    `after_round` gets the number of each round, from 0, that is over. Raises `RuntimeError` where a
+    command fails.
+    """
+    costs = Costs([], [])
+    for number in range(rounds):
+        for side in ("ours", "peer") if number % 2 == 0 else ("peer", "ours"):
+            getattr(costs, side).append(measure(commands[side]))
+        after_round(number)
+    return costs
 
 
 def _peer_command() -> list[str]:

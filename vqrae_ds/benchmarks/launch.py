@@ -29,6 +29,16 @@ def choose_machine() -> Machine:
     return Machine(2, "cpu")
 
 
+def require_gpu(what: str, way_out: str = "") -> None:
+    """Raise `ValueError` where `choose_machine` finds no GPU for `what`."""
+    if choose_machine().device_type == "cuda":
+        return
+    why = "PyTorch finds none here"
+    if torch.cuda.is_available():
+        why = "DS_ACCELERATOR=cpu forbids it"
+    raise ValueError(f"{what} needs a GPU: {why}{way_out and f'; {way_out}'}")
+
+
 def run_ranks(machine: Machine, function: Callable[..., None], *args: Any) -> None:
     """Call `function(rank, *args)` in each process, which has yet to join the process group.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,25 @@ class Report(NamedTuple):
     machine: str
     rows: Sequence[Row]
     details: dict[str, Any]
+
+
+class Goal(NamedTuple):
+    """The range in which the ratio of a row should be, both ends included; None is no end."""
+
+    least: float
+    most: float | None
+
+
+def judge(rows: Sequence[Row], goals: Mapping[str, Goal]) -> dict[str, dict[str, Any]]:
+    """Of each row with a goal, by its metric: the goal, and whether the ratio is within it."""
+    found = {row.metric: row.ratio for row in rows}
+    verdicts = {}
+    for metric, goal in goals.items():
+        ratio = found[metric]
+        assert ratio is not None, f"{metric} has a goal and no ratio"
+        is_met = goal.least <= ratio and (goal.most is None or ratio <= goal.most)
+        verdicts[metric] = {"ratio_from": goal.least, "ratio_to": goal.most, "is_met": is_met}
+    return verdicts
 
 
 def as_json(report: Report) -> str:
