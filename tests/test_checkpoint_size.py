@@ -22,7 +22,7 @@ from vqrae_ds.launching.checkpoint_size import (
     pretrained_bytes,
 )
 from vqrae_ds.models.vqrae import VQRAE
-from vqrae_ds.planning import plan
+from vqrae_ds.planning import disk_bytes, plan
 
 if TYPE_CHECKING:
     from vqrae_ds.preparation import Setup
@@ -54,6 +54,29 @@ def test_counts_of_every_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -
     counts = count_parameters(run)._asdict()
     for kind in Counts._fields:
         assert counts[kind] == pytest.approx(exact[kind], rel=0.01), kind
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_of_a_tensor_group_save_the_encoder_each(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Master and moments of it in fp32, in stage 2 at 6B."""
+    monkeypatch.chdir(ROOT)
+    alone, group = (
+        read_run(
+            ROOT / "ds_configs/internvit_6b_tp/stage2.yaml",
+            ROOT / "ds_configs/stage2_zero3.json",
+            overrides=[f"deepspeed.tensor_parallel.autotp_size={number}"],
+            world_size=8,
+            check_paths=False,
+        )
+        for number in (1, size)
+    )
+    encoder = next(part.count for part in plan(group).parts if part.name == "encoder")
+    more = (size - 1) * 12 * encoder
+    assert checkpoint_bytes(group) - checkpoint_bytes(alone) == pytest.approx(more, rel=0.02)
+    assert checkpoint_bytes(group) == pytest.approx(disk_bytes(plan(group)).checkpoint, rel=0.01)
+    assert pretrained_bytes(group) == pretrained_bytes(alone)
 
 
 def save_checkpoints(rank: int, folder: Path) -> None:

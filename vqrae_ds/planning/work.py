@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vqrae_ds.monitoring.flops import flops_per_image, recomputed_flops, repeated_flops
+from vqrae_ds.planning.offload import OffloadSeconds, offload_seconds
 from vqrae_ds.planning.parts import Plan
 from vqrae_ds.planning.traffic import Bandwidth, step_traffic, traffic_seconds
 
@@ -28,7 +29,8 @@ class Work(NamedTuple):
 
     `repeated` are FLOPs that the ranks of tensor-parallel groups add to them, `recomputed` those of
     checkpointing: an MFU counts neither. `mfu_seconds` are for `flops` and `repeated`. A step takes
-    the longer one of its work at the given MFU and its communication, which hide behind each other.
+    the longest one of its work at the given MFU, its communication and what an offloaded optimizer
+    moves meanwhile, which hide behind each other; then it waits for the update on the host.
     """
 
     flops: float
@@ -36,6 +38,7 @@ class Work(NamedTuple):
     recomputed: float
     mfu_seconds: float
     traffic_seconds: float
+    offload: OffloadSeconds
     steps: int
     gpus: int
     images: int  # of the whole schedule
@@ -48,7 +51,7 @@ class Work(NamedTuple):
     @property
     def step_seconds(self) -> float:
         """Of one optimizer step."""
-        return max(self.mfu_seconds, self.traffic_seconds)
+        return max(self.mfu_seconds, self.traffic_seconds, self.offload.beside) + self.offload.after
 
     @property
     def days(self) -> float:
@@ -67,6 +70,7 @@ def work(plan: Plan, gpus: int, speed: Speed) -> Work:
         recomputed=recomputed_flops(run) * batch,
         mfu_seconds=(flops + repeated) / (gpus * speed.peak_tflops * 1e12 * speed.mfu),
         traffic_seconds=traffic_seconds(step_traffic(plan, gpus), speed.bandwidth),
+        offload=offload_seconds(plan, gpus, speed.bandwidth),
         steps=steps,
         gpus=gpus,
         images=steps * batch,
