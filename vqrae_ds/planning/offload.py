@@ -3,7 +3,7 @@
 Under ZeRO-3 (`partition_grads` of its runtime/zero/stage3.py) a rank's share of the gradients goes
 to the host and back to the GPU in each micro step, and after the last one to the host once more, in
 the dtype of the masters. Then each rank updates its share on the host's cores, rounds it and sends
-it to its GPU. ZeRO-1 and 2 move no more than that.
+it to its GPU. ZeRO-1 and 2 are planned likewise.
 
 The update is bound by the host's memory. PyTorch's AdamW reads or writes a whole vector 20 times:
 decay 2, first moment 3, second 5, its root, quotient and sum 6, weights 4. Clipping and rounding do
