@@ -35,6 +35,8 @@ def main() -> None:
         "--peak-tflops": (1.0 if args.peak_tflops is None else args.peak_tflops, "peak in TFLOP/s"),
         "--node-bandwidth": (args.node_bandwidth, "bandwidth in GB/s"),
         "--network-bandwidth": (args.network_bandwidth, "bandwidth in GB/s"),
+        "--bus-bandwidth": (args.bus_bandwidth, "bandwidth in GB/s"),
+        "--host-bandwidth": (args.host_bandwidth, "bandwidth in GB/s"),
     }
     for name, (value, what) in sizes.items():
         if not 0 < value < math.inf:
@@ -51,11 +53,13 @@ def _described(runs: list[Run], args: argparse.Namespace) -> str:
     peak = args.peak_tflops or runs[0].config.monitor.peak_tflops
     if peak is None and runs[0].bf16:
         peak = planning.H100_TFLOPS
-    bandwidth = planning.Bandwidth(args.node_bandwidth * 1e9, args.network_bandwidth * 1e9)
+    links = (args.node_bandwidth, args.network_bandwidth, args.bus_bandwidth, args.host_bandwidth)
+    bandwidth = planning.Bandwidth(*(link * 1e9 for link in links))
     speed = None if peak is None else planning.Speed(peak, args.mfu, bandwidth)
     planned = planning.plan(runs[0])
     if args.sweep is not None:
-        return planning.describe_sweep([planned._replace(run=run) for run in runs], speed)
+        plans = [planned._replace(run=run) for run in runs]
+        return planning.describe_sweep(plans, speed, args.gpu_memory)
     memory = planning.describe_plan(planned, args.gpus, args.gpu_memory)
     return f"{memory}\n\n{planning.describe_run(planned, args.gpus, args.gpu_memory, speed)}"
 
@@ -89,7 +93,7 @@ def _parser() -> OneLineParser:
     how_many.add_argument("--gpus", type=int, metavar="N", help="number of GPUs, one rank on each")
     sweep = "numbers of GPUs: a table with a row for each, in place of the plan"
     how_many.add_argument("--sweep", metavar="N,N,..", help=sweep)
-    memory = "of one GPU, 10^9 bytes; default 80"
+    memory = "of one GPU, 10^9 bytes, beside 40, 80 and 141; default 80"
     add("--gpu-memory", default=80.0, type=float, metavar="GB", help=memory)
     share = "model FLOPs of a step over what the GPUs could do in its time, up to 1; default 0.4"
     add("--mfu", default=0.4, type=float, metavar="SHARE", help=share)
@@ -99,6 +103,10 @@ def _parser() -> OneLineParser:
     add("--node-bandwidth", default=400.0, type=float, metavar="GB/S", help=node)
     network = "of the port to other nodes that a GPU has; default 50"
     add("--network-bandwidth", default=50.0, type=float, metavar="GB/S", help=network)
+    bus = "between a GPU and its host, for an offloaded optimizer; default 50 (PCIe 5.0 x16)"
+    add("--bus-bandwidth", default=50.0, type=float, metavar="GB/S", help=bus)
+    host = "of a node's memory, for the update of an offloaded optimizer; default 200"
+    add("--host-bandwidth", default=200.0, type=float, metavar="GB/S", help=host)
     overrides = "of the YAML; deepspeed.a.b=value of the JSON"
     add("overrides", nargs="*", metavar="a.b=value", help=overrides)
     add(

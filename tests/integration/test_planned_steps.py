@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.test_planner import settled_bytes, storages, tensors
+from tests.held_tensors import settled_bytes, storages, tensors
 from tests.tiny import ENCODER, GAN, IMAGE_SIZE, make_run, make_setup
 from vqrae_ds.config import ModelConfig, Run
 from vqrae_ds.models.vqrae import VQRAE

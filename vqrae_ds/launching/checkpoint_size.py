@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vqrae_ds.config import AdversarialConfig, Run
+from vqrae_ds.config import AdversarialConfig, DecoderConfig, Run
 from vqrae_ds.config.deepspeed_json import get
 
 FP32, BF16 = 4, 2
@@ -19,10 +19,10 @@ FP32, BF16 = 4, 2
 class Counts(NamedTuple):
     """Parameters by what a checkpoint holds of them."""
 
-    trained: int  # by the generator's engine
-    frozen: int  # SimVQ's codebook
+    trained: int  # by the generator's engine, on all ranks of a tensor-parallel group together
+    frozen: int  # SimVQ's codebook, which is merged
     pretrained: int  # the frozen encoder, the teacher: in no checkpoint, but once in the run
-    buffers: int  # values, in fp32
+    buffers: int  # values, in fp32, of one rank
     discriminator: int
 
 
@@ -32,7 +32,9 @@ def checkpoint_bytes(run: Run, counts: Counts | None = None) -> int:
     Without `counts` they are those of `count_parameters`.
 
     A trained parameter is stored as master and moments (`zero_pp_rank_*_optim_states.pt`), and
-    below ZeRO-3 once more in its own dtype; a frozen one in its own dtype; EMA adds fp32.
+    below ZeRO-3 once more in its own dtype; a frozen one in its own dtype; EMA adds fp32. Ranks of
+    a tensor-parallel group write what is whole on each of them once each. Buffers are in the files
+    of modules: under ZeRO-3 every rank writes one, else one rank for each slice.
     """
     counts, json = counts or count_parameters(run), run.deepspeed
     own = BF16 if run.bf16 else FP32
@@ -40,11 +42,15 @@ def checkpoint_bytes(run: Run, counts: Counts | None = None) -> int:
     params = get(json, "optimizer.params") or {}
     is_adam = get(json, "optimizer.type") == "AdamW"
     moments = 2 if is_adam else int(bool(params.get("momentum", 0)))
-    again = 0 if get(json, "zero_optimization.stage") == 3 else own
+    is_partitioned = get(json, "zero_optimization.stage") == 3
+    again = 0 if is_partitioned else own
     average = FP32 if run.config.ema is not None else 0
     trained = counts.trained * ((1 + moments) * state + again + average)
     discriminator = counts.discriminator * ((1 + moments) * FP32 + own)
-    return trained + discriminator + counts.frozen * own + counts.buffers * FP32
+    batch = run.schedule.batch
+    modules = batch.world_size if is_partitioned else batch.tensor_size
+    buffers = modules * counts.buffers * FP32
+    return trained + discriminator + counts.frozen * own + buffers
 
 
 def pretrained_bytes(run: Run) -> int:
@@ -71,8 +77,10 @@ def count_parameters(run: Run) -> Counts:
         codebook, buffers = 0, 2 * codebook + buffers
     teacher = encoder if losses.distillation is not None else 0
     is_trained = run.config.stage == 2
+    trained = ours + (encoder if is_trained else 0)
+    group = run.schedule.batch.tensor_size
     return Counts(
-        trained=ours + (encoder if is_trained else 0),
+        trained=group * trained - (group - 1) * _divided(decoder),
         frozen=codebook,
         pretrained=teacher + (0 if is_trained else encoder),
         buffers=buffers,
@@ -83,6 +91,12 @@ def count_parameters(run: Run) -> Counts:
 def _blocks(number: int, width: int, inner: int) -> int:
     """Attention, MLP, two norms and two LayerScales, with biases."""
     return number * (4 * width**2 + 2 * width * inner + 10 * width + inner)
+
+
+def _divided(decoder: DecoderConfig) -> int:
+    """What `parallel.slices` divides of the decoder: weights, and the biases of first layers."""
+    w, i = decoder.hidden_size, decoder.intermediate_size
+    return decoder.num_layers * (4 * w**2 + 2 * w * i + 3 * w + i)
 
 
 def _discriminator(config: AdversarialConfig | None) -> int:

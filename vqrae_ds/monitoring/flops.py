@@ -7,7 +7,8 @@ needed it is not counted: all of a frozen encoder, and the inputs of the first t
 
 Norms, activations and other elementwise work are not counted, nor are LPIPS, ConvNeXt and the
 discriminator; nor is what activation checkpointing computes twice. So the share of the peak is an
-MFU (arXiv:2204.02311, appendix B), not an HFU.
+MFU (arXiv:2204.02311, appendix B), not an HFU. Likewise what every rank of a tensor-parallel group
+runs counts once; `repeated_flops` has the rest.
 
 T tokens an image, D width, I inner width, K codes of E dimensions, P values a patch.
 """
@@ -23,6 +24,28 @@ FORWARD, FORWARD_AND_WEIGHTS, WHOLE_STEP = 1, 2, 3
 
 def flops_per_image(run: Run) -> float:
     """FLOPs that a training step takes for each image of the batch."""
+    return float(_divided(run) + _undivided(run))
+
+
+def repeated_flops(run: Run) -> float:
+    """FLOPs an image that the other ranks of a tensor-parallel group compute as well as the first.
+
+    That is all but the decoder's blocks and the search of the codes; 0 where a rank is alone. What
+    checkpointing computes is in `recomputed_flops`.
+    """
+    return float((run.schedule.batch.tensor_size - 1) * _undivided(run))
+
+
+def _divided(run: Run) -> float:
+    """What the ranks of a tensor-parallel group share (`parallel.slices`), for each image."""
+    model, decoder = run.config.model, run.config.model.decoder
+    mlp_weights = 2 * decoder.hidden_size * decoder.intermediate_size
+    block = _block(model.grid_side**2, decoder.hidden_size, mlp_weights)
+    return WHOLE_STEP * decoder.num_layers * block + _search(model, run.schedule.batch)
+
+
+def _undivided(run: Run) -> int:
+    """What each rank of such a group runs whole: encoder, teacher, projections, head."""
     config, model, decoder = run.config, run.config.model, run.config.model.decoder
     T, D, E = model.grid_side**2, model.encoder_shape.hidden_size, model.embedding_dim
     decoder_D, P = decoder.hidden_size, 3 * model.output_patch_size**2
@@ -37,10 +60,9 @@ def flops_per_image(run: Run) -> float:
     if model.use_projections:
         flops += (WHOLE_STEP if trains_encoder else FORWARD_AND_WEIGHTS) * _linear(T, D, E)
         flops += WHOLE_STEP * _linear(T, E, decoder_D)
-    flops += _quantizer(model, run.schedule.batch)
-    block = _block(T, decoder_D, mlp_weights=2 * decoder_D * decoder.intermediate_size)
-    flops += WHOLE_STEP * (decoder.num_layers * block + _linear(T, decoder_D, P))
-    return float(flops)
+    if model.use_simvq:  # the codes that were chosen; they are frozen
+        flops += FORWARD_AND_WEIGHTS * _linear(T, E, E)
+    return flops + WHOLE_STEP * _linear(T, decoder_D, P)
 
 
 def encoder_flops(run: Run) -> float:
@@ -51,12 +73,13 @@ def encoder_flops(run: Run) -> float:
 def recomputed_flops(run: Run) -> float:
     """FLOPs an image that `full` activation checkpointing computes twice: blocks that train.
 
-    `selective` keeps the results of all matrix products and of attention.
+    Those of the encoder count for each rank of a tensor-parallel group. `selective` keeps the
+    results of all matrix products and of attention.
     """
     config, model, decoder = run.config, run.config.model, run.config.model.decoder
     flops = 0
     if config.stage == 2 and config.memory.encoder_checkpointing == "full":
-        flops += _encoder_blocks(model)
+        flops += run.schedule.batch.tensor_size * _encoder_blocks(model)
     if config.memory.decoder_checkpointing == "full":
         mlp_weights = 2 * decoder.hidden_size * decoder.intermediate_size
         block = _block(model.grid_side**2, decoder.hidden_size, mlp_weights)
@@ -96,8 +119,8 @@ def _extra_tokens(shape: EncoderShape, raw: dict) -> int:
     return 1 + (registers if shape.model_type == "dinov2_with_registers" else 0)
 
 
-def _quantizer(model: ModelConfig, batch: BatchArithmetic) -> float:
-    """SimVQ projects all codes once a step and rank, and those that were chosen with gradient.
+def _search(model: ModelConfig, batch: BatchArithmetic) -> float:
+    """SimVQ projects all codes once a step, and a token is compared with each of them.
 
     Moving averages sum the tokens of each code by a product with a one-hot matrix.
     """
@@ -105,5 +128,4 @@ def _quantizer(model: ModelConfig, batch: BatchArithmetic) -> float:
     search = _linear(T, E, K)
     if not model.use_simvq:
         return search + _linear(T, E, K)
-    projection = _linear(K, E, E) / (batch.micro_batch * batch.accumulation)
-    return search + projection + FORWARD_AND_WEIGHTS * _linear(T, E, E)  # the codes are frozen
+    return search + _linear(K, E, E) / (batch.micro_batch * batch.accumulation)

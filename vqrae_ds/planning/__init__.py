@@ -6,6 +6,7 @@ Sizes are bytes; GB is 10^9 of them.
 
 from vqrae_ds.planning.advice import Setting, recommend
 from vqrae_ds.planning.fitting import RESERVE, describe_sweep, fits, smallest_fit
+from vqrae_ds.planning.offload import Offload, offload_seconds, step_offload
 from vqrae_ds.planning.parts import Part, Plan, plan
 from vqrae_ds.planning.peak import Peak, host_bytes, peak_bytes
 from vqrae_ds.planning.report import describe_plan
@@ -20,6 +21,7 @@ __all__ = [
     "H100_TFLOPS",
     "RESERVE",
     "Bandwidth",
+    "Offload",
     "Part",
     "Peak",
     "Plan",
@@ -33,12 +35,14 @@ __all__ = [
     "fits",
     "host_bytes",
     "host_memory",
+    "offload_seconds",
     "peak_bytes",
     "plan",
     "recommend",
     "smallest_fit",
     "state_bytes",
     "state_bytes_by_kind",
+    "step_offload",
     "step_traffic",
     "work",
 ]

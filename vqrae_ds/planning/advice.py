@@ -2,9 +2,10 @@
 
 The choice is between a frozen encoder that is resident or sharded, the size of the micro batch,
 and activation checkpointing. Time is the longer one of computing and communicating. Computing is
-all FLOPs, those of checkpointing included, at the given share of the peak, and on top what it takes
-to read the weights from the GPU's memory: once a pass, so it weighs on small micro batches. The
-model ranks settings; a time is measured, not planned.
+all FLOPs at the given share of the peak, those included that checkpointing or the ranks of a
+tensor-parallel group repeat, and on top what it takes to read the weights from the GPU's memory:
+once a pass, so it weighs on small micro batches. An optimizer in the host's memory adds its update.
+The model ranks settings; a time is measured, not planned.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import NamedTuple
 
 from vqrae_ds.config import Run
 from vqrae_ds.config.deepspeed_json import batch_arithmetic
-from vqrae_ds.monitoring.flops import flops_per_image, recomputed_flops
+from vqrae_ds.monitoring.flops import flops_per_image, recomputed_flops, repeated_flops
 from vqrae_ds.planning.activations import value_size
 from vqrae_ds.planning.fitting import fits
+from vqrae_ds.planning.offload import offload_seconds
 from vqrae_ds.planning.parts import Plan, plan
 from vqrae_ds.planning.peak import peak_bytes
 from vqrae_ds.planning.states import zero_stage
@@ -61,8 +63,8 @@ def recommend(given: Plan, gpus: int, gpu_memory: float, speed: Speed) -> Settin
 def step_seconds(planned: Plan, gpus: int, speed: Speed) -> float:
     """Seconds of an optimizer step, by the model that this file begins with."""
     run, batch = planned.run, planned.run.schedule.batch
-    flops = (flops_per_image(run) + recomputed_flops(run)) * batch.global_batch
-    computing = flops / (gpus * speed.peak_tflops * 1e12 * speed.mfu)
+    an_image = flops_per_image(run) + repeated_flops(run) + recomputed_flops(run)
+    computing = an_image * batch.global_batch / (gpus * speed.peak_tflops * 1e12 * speed.mfu)
     policies = run.config.memory
     again = {"encoder": policies.encoder_checkpointing, "decoder": policies.decoder_checkpointing}
     read = 0
@@ -72,7 +74,9 @@ def step_seconds(planned: Plan, gpus: int, speed: Speed) -> float:
             is_again = part.kind == "trained" and again.get(part.name, "none") == "full"
             read += (passes + is_again) * part.held
     reading = batch.accumulation * read * value_size(run) / GPU_MEMORY_BANDWIDTH
-    return max(computing + reading, traffic_seconds(step_traffic(planned, gpus), speed.bandwidth))
+    moving = traffic_seconds(step_traffic(planned, gpus), speed.bandwidth)
+    offload = offload_seconds(planned, gpus, speed.bandwidth)
+    return max(computing + reading, moving, offload.beside) + offload.after
 
 
 def _encoders(given: Plan) -> list[str]:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from vqrae_ds.config.deepspeed_json import get
 from vqrae_ds.planning.parts import Plan
-from vqrae_ds.planning.peak import peak_bytes
-from vqrae_ds.planning.states import GB, state_bytes
+from vqrae_ds.planning.peak import host_bytes, peak_bytes
+from vqrae_ds.planning.states import GB, is_offloaded, state_bytes
 from vqrae_ds.planning.traffic import step_traffic
 from vqrae_ds.planning.work import Speed, work
 from vqrae_ds.text_table import columns
@@ -51,40 +51,55 @@ def smallest_fit(plan: Plan, gpu_memory: float) -> Fit | None:
     return None
 
 
-def describe_fits(plan: Plan, gpus: int) -> list[str]:
-    """Lines: for each usual size of a GPU whether the run fits, and how few would do."""
-    lines = []
-    for memory in MEMORIES:
+def describe_fits(plan: Plan, gpus: int, gpu_memory: float) -> list[str]:
+    """Lines: for `gpu_memory` and each usual size in GB whether the run fits; how few would do."""
+    lines, host = [], ""
+    if is_offloaded(plan.run.deepspeed):
+        host = f" and {host_bytes(plan) / GB:.1f} GB of the hosts' memory for the optimizer"
+    for memory in _sizes(gpu_memory):
         verb = "fits" if fits(plan, gpus, memory) else "does not fit"
         least = smallest_fit(plan, memory)
         few = "no number of them is enough"
         if least is not None:
             number = "1 is" if least.gpus == 1 else f"{least.gpus} are"
-            few = f"{number} enough, at a peak of {least.peak / GB:.1f} GB"
-        lines.append(f"{memory} GB a GPU: {verb} on {gpus}; {few}")
+            few = f"{number} enough, at a peak of {least.peak / GB:.1f} GB{host}"
+        lines.append(f"{memory:g} GB a GPU: {verb} on {gpus}; {few}")
     return lines
 
 
-def describe_sweep(plans: Sequence[Plan], speed: Speed | None) -> str:
+def describe_sweep(plans: Sequence[Plan], speed: Speed | None, gpu_memory: float) -> str:
     """A table with a row for each plan of one run, at the number of GPUs it was read for.
 
-    A step takes the longer one of its FLOPs and its links. Without `speed` there are no times.
+    It has a column for GPUs of `gpu_memory` GB and of each usual size. A step takes the longer one
+    of its FLOPs and its links, that to the host included. Where the optimizer is in the hosts'
+    memory it takes "hosts GB" of it in all, and its update "host s" more. Without `speed` there are
+    no times.
     """
-    head = ["GPUs", "accumulated", "states GB", "peak GB", *(f"{m} GB" for m in MEMORIES)]
+    memories, on_hosts = _sizes(gpu_memory), is_offloaded(plans[0].run.deepspeed)
+    head = ["GPUs", "accumulated", "states GB", "peak GB", *(f"{m:g} GB" for m in memories)]
+    head += ["hosts GB"] * on_hosts
     head += ["received GB a step"]
     if speed is not None:
-        head += ["FLOPs s", "links s", "days", "GPU-hours"]
+        head += ["FLOPs s", "links s", *(["host s"] * on_hosts), "days", "GPU-hours"]
     rows = [head]
     for plan in plans:
         gpus = plan.run.schedule.batch.world_size
         row = [f"{gpus}", f"{plan.run.schedule.batch.accumulation}"]
         row += [f"{sum(state_bytes(plan, gpus)) / GB:.2f}"]
         row += [f"{peak_bytes(plan, gpus).total / GB:.2f}"]
-        row += ["fits" if fits(plan, gpus, memory) else "no" for memory in MEMORIES]
+        row += ["fits" if fits(plan, gpus, memory) else "no" for memory in memories]
+        row += [f"{host_bytes(plan) / GB:.1f}"] * on_hosts
         row += [f"{sum(t.size for t in step_traffic(plan, gpus)) / GB:,.1f}"]
         if speed is not None:
             done = work(plan, gpus, speed)
-            row += [f"{done.mfu_seconds:,.2f}", f"{done.traffic_seconds:,.2f}"]
+            links = max(done.traffic_seconds, done.offload.beside)
+            row += [f"{done.mfu_seconds:,.2f}", f"{links:,.2f}"]
+            row += [f"{done.offload.after:,.2f}"] * on_hosts
             row += [f"{done.days:,.1f}", f"{done.gpu_hours:,.0f}"]
         rows.append(row)
     return "\n".join(columns(rows, ">" * len(head)))
+
+
+def _sizes(gpu_memory: float) -> list[float]:
+    """GB of a GPU, in order: the usual ones and the given one."""
+    return sorted({*MEMORIES, gpu_memory})

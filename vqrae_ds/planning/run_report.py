@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from vqrae_ds.planning.advice import recommend
 from vqrae_ds.planning.fitting import RESERVE, describe_fits
+from vqrae_ds.planning.offload import step_offload
 from vqrae_ds.planning.parts import Plan
 from vqrae_ds.planning.states import GB, is_offloaded
 from vqrae_ds.planning.storage import disk_bytes, host_memory
-from vqrae_ds.planning.traffic import Traffic, step_traffic
-from vqrae_ds.planning.work import Speed, work
+from vqrae_ds.planning.traffic import Bandwidth, Traffic, step_traffic
+from vqrae_ds.planning.work import Speed, Work, work
 from vqrae_ds.text_table import columns
 
 
 def describe_run(plan: Plan, gpus: int, gpu_memory: float, speed: Speed | None) -> str:
     """Lines on everything but the memory of a GPU; without `speed` none about time.
 
-    `gpu_memory`, in GB, is that of the recommended setting.
+    `gpu_memory`, in GB, is that of the recommended setting, and one of those that may fit.
     """
-    lines = [*_fits(plan, gpus), "", *_storage(plan, gpus), "", *_traffic(plan, gpus)]
+    lines = [*_fits(plan, gpus, gpu_memory), "", *_storage(plan, gpus), "", *_traffic(plan, gpus)]
     if speed is None:
         lines += ["", "time: not planned without --peak-tflops, for the run is not in bf16"]
     else:
@@ -25,8 +26,9 @@ def describe_run(plan: Plan, gpus: int, gpu_memory: float, speed: Speed | None) 
     return "\n".join(lines)
 
 
-def _fits(plan: Plan, gpus: int) -> list[str]:
-    return [f"what fits, with a reserve of {RESERVE / GB:g} GB:", *describe_fits(plan, gpus)]
+def _fits(plan: Plan, gpus: int, gpu_memory: float) -> list[str]:
+    head = f"what fits, with a reserve of {RESERVE / GB:g} GB:"
+    return [head, *describe_fits(plan, gpus, gpu_memory)]
 
 
 def _storage(plan: Plan, gpus: int) -> list[str]:
@@ -67,6 +69,13 @@ def _work(plan: Plan, gpus: int, speed: Speed) -> list[str]:
         f"they take {done.mfu_seconds:,.2f} s on {gpus} GPUs at an MFU of {speed.mfu:.0%} of "
         f"{speed.peak_tflops:g} TFLOP/s",
     ]
+    if done.repeated:
+        lines.insert(
+            1,
+            f"the ranks of tensor-parallel groups repeat {done.repeated / 1e15:,.2f} PFLOP more, "
+            "which an MFU does not count: a run shows "
+            f"{speed.mfu * done.flops / (done.flops + done.repeated):.1%}",
+        )
     if done.traffic_seconds:
         hidden = done.traffic_seconds <= done.mfu_seconds
         verb = "can hide behind them" if hidden else "is longer, so the step takes that"
@@ -74,11 +83,27 @@ def _work(plan: Plan, gpus: int, speed: Speed) -> list[str]:
             f"communication takes {done.traffic_seconds:,.2f} s at {band.node / GB:g} GB/s in a "
             f"node and {band.network / GB:g} a port between nodes: it {verb}"
         )
+    lines += _offload(plan, gpus, done, band)
     return [
         *lines,
         f"the schedule at {batch / done.step_seconds:,.1f} images a second: {done.steps:,} steps, "
         f"{done.images / 1e6:,.1f} million images, {done.days:,.1f} days, {done.gpu_hours:,.0f} "
         "GPU-hours",
+    ]
+
+
+def _offload(plan: Plan, gpus: int, done: Work, band: Bandwidth) -> list[str]:
+    moved, (beside, after) = step_offload(plan, gpus), done.offload
+    if moved is None:
+        return []
+    hidden = beside <= max(done.mfu_seconds, done.traffic_seconds)
+    verb = "can hide behind the rest" if hidden else "is longer, so the step takes that"
+    return [
+        f"offload: gradients between a GPU and its host, {moved.gradients / GB:,.1f} GB in "
+        f"{beside:,.2f} s at {band.bus / GB:g} GB/s: it {verb}",
+        f"then the step waits {after:,.2f} s for the update: {moved.update / GB:,.1f} GB in a "
+        f"node's memory at {band.host_memory / GB:g} GB/s, and {moved.weights / GB:,.1f} GB to a "
+        "GPU; not planned: the speed of the host's cores, which may be what it waits for",
     ]
 
 

@@ -50,13 +50,13 @@ def disk_bytes(plan: Plan) -> Disk:
     """What the checkpoints of the whole run take; one is known to within a few percent."""
     own = value_size(plan.run)
     pretrained = [p for p in plan.parts if p.kind == "frozen" and p.name in ("encoder", "teacher")]
+    generator = [part for part in plan.parts if part.engine == "generator"]
     counts = Counts(
-        trained=_count(plan, "generator", "trained"),
-        frozen=_count(plan, "generator", "frozen")
-        - sum(part.count for part in pretrained if part.engine == "generator"),
+        trained=plan.tensor_size * sum(p.held for p in generator if p.kind == "trained"),
+        frozen=sum(p.count for p in generator if p.kind == "frozen" and p not in pretrained),
         pretrained=sum(part.count for part in pretrained),
         buffers=sum(part.count for part in plan.parts if part.kind == "buffers"),
-        discriminator=_count(plan, "discriminator", "trained"),
+        discriminator=sum(p.count for p in plan.parts if p.engine == "discriminator"),
     )
     number = plan.run.config.checkpoint.most_at_once(plan.run.schedule.total_steps)
     return Disk(checkpoint_bytes(plan.run, counts), number, counts.pretrained * own)
@@ -76,8 +76,3 @@ def host_memory(plan: Plan, gpus: int) -> HostMemory:
     saving = 0.0 if is_offloaded(plan.run.deepspeed) else largest * (2 if low else FP32)
     ranks = min(gpus, node_size(plan))
     return HostMemory(host_bytes(plan) / gpus, images, saving, ranks)
-
-
-def _count(plan: Plan, engine: str, kind: str) -> int:
-    own = (part for part in plan.parts if part.engine == engine and part.kind == kind)
-    return sum(part.count for part in own)

@@ -39,10 +39,12 @@ class Group(NamedTuple):
 
 
 class Bandwidth(NamedTuple):
-    """Bytes a second that a GPU receives, of all kinds and through its own port of the network."""
+    """Bytes a second: three that a GPU receives, and what the cores of a node read and write."""
 
     node: float = 400e9  # NVLink of an H100: 450 GB/s each way by its data sheet
     network: float = 50e9  # a port of 400 Gbit/s for each GPU
+    bus: float = 50e9  # between a GPU and its host: PCIe 5.0 x16 has 64 GB/s each way
+    host_memory: float = 200e9  # of a node: eight channels of DDR4-3200
 
 
 def step_traffic(plan: Plan, gpus: int) -> list[Traffic]:
