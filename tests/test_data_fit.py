@@ -32,7 +32,9 @@ def test_crop_is_the_centre_square(picture: Path) -> None:
     fitted = load_fitted(picture, "crop", multiple=8, size=24)
     assert (fitted.height, fitted.width) == (24, 24)
     assert torch.equal(fitted.image_3HW, load_image(picture, image_size=24))
-    with pytest.raises(ValueError, match="25 pixels are no multiple of 8; nearest: 24 or 32"):
+    with pytest.raises(
+        ValueError, match="25 pixels are no multiple of 8, a token's side; nearest: 24 or 32"
+    ):
         load_fitted(picture, "crop", multiple=8, size=25)
 
 
@@ -102,7 +104,10 @@ def test_the_tool_takes_any_picture(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size", "100"], "error: 100 pixels are no multiple of 16; nearest: 96 or 112"),
+        (
+            ["--size", "100"],
+            "error: 100 pixels are no multiple of 16, a token's side; nearest: 96 or 112",
+        ),
         (["--size", "0"], "error: --size 0 is not a number of pixels"),
     ],
 )

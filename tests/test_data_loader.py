@@ -43,3 +43,4 @@ def test_a_process_ends_with_its_workers(end: str, status: int) -> None:
         check=False,
     )
     assert done.returncode == status, done.stderr.decode()
+    assert b"is killed by signal" not in done.stderr, "their end is meant"

@@ -92,12 +92,14 @@ def test_pictures_are_called_by_number(root, direct, tmp_path, monkeypatch, caps
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         ([*folders[:2], str(tmp_path / "new"), "--count", "-1"], "--count -1"),
+        ([*folders[:2], str(tmp_path / "new"), "--first", "18"], "codes has 18 images"),
         ([folders[0], str(tmp_path / "empty"), str(tmp_path / "new")], "has no job.json"),
         ([str(tmp_path / "empty"), *folders[1:]], "config.json does not exist"),
     ):
         assert run_here(monkeypatch, tool, *arguments) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "new").exists()
     model = VQRAE.from_pretrained(root / "model")
     model.out_proj.weight.data[0, 0] += 1
     model.save_pretrained(tmp_path / "other")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +27,15 @@ from vqrae_ds.data.shard_writing import find_images
 from vqrae_ds.models.vqrae import VQRAE, read_config
 from vqrae_ds.tokenizing.job import make_job
 from vqrae_ds.tokenizing.model import load_for_encoding
-from vqrae_ds.tokenizing.sharing import Worker
 from vqrae_ds.tokenizing.tokenize import Encode, Outcome, Task, tokenize
+from vqrae_ds.tokenizing.verifying import verify
+from vqrae_ds.worker import Worker
 
 PHOTOS = ROOT / "tests/data/photos"
 CPU = torch.device("cpu")
 BATCH = 4
 ALONE = Worker()
+SIZES = [9, 0, 4, 10, 1]  # of the shards: an empty one, and some that batches of 4 do not divide
 
 
 def make_model(folder: Path) -> VQRAE:
@@ -67,6 +70,32 @@ def write_shards_of(folder: Path, images: list[bytes], sizes: list[int]) -> Shar
                 number, data = next(left)
                 tar.write({"__key__": f"class/{number:05d}", "jpg": data})
     return index_shards(folder)
+
+
+def make_codes(root: Path, images: list[bytes]) -> VQRAE:
+    """A model, shards of `SIZES` and their codes of one straight run, in `root`."""
+    model = make_model(root / "model")
+    write_shards_of(root / "shards", images, SIZES)
+    run(root)
+    return model
+
+
+def copy_to(root: Path, made: Path) -> Path:
+    """What `make_codes` made, in `root` once more, to do harm to."""
+    for name in ("model", "shards", "codes"):
+        shutil.copytree(made / name, root / name)
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def damage_of(root: Path, **data: Any) -> list[str]:
+    """What --verify finds in the codes of `root`."""
+    task = task_of(root, **data)
+    return verify(task.output, task.job, task.index).damage
 
 
 def task_of(root: Path, output: str = "codes", worker: Worker = ALONE, **data: Any) -> Task:

@@ -36,13 +36,14 @@ def main() -> None:
         if (getattr(args, name) or 0) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 0")
 
+    from vqrae_ds.device import choose_device
     from vqrae_ds.tokenizing.decoding import write_images
     from vqrae_ds.tokenizing.job import check_model, read_job
-    from vqrae_ds.tokenizing.model import choose_device, load_for_decoding
+    from vqrae_ds.tokenizing.model import load_for_decoding
 
     job = read_job(args.codes)
     check_model(args.model, args.codes, job)
-    decode = load_for_decoding(args.model, choose_device(0), args.dtype or job.dtype)
+    decode = load_for_decoding(args.model, choose_device(), args.dtype or job.dtype)
     end = None if args.count is None else args.first + args.count
     number = write_images(
         args.codes,

@@ -18,6 +18,7 @@ from vqrae_ds.command_line import (
     exit_with,
     run_tool,
 )
+from vqrae_ds.worker import this_worker
 
 if TYPE_CHECKING:
     from vqrae_ds.config import DataConfig
@@ -56,7 +57,7 @@ of other sizes and token counts are not comparable. report.json has all of it.
 def main() -> None:
     """Read the command line, measure the set, and have the first rank write the report."""
     args = parse_arguments()
-    configure_logging(int(os.environ.get("RANK", "0")))
+    configure_logging(this_worker(os.environ).rank)
     # Imported here, so that --help and mistakes do not wait for torch.
     from vqrae_ds.evaluation.joining import joined_ranks
 
@@ -121,8 +122,8 @@ def measure(args: argparse.Namespace, reader: Reader) -> Measured | None:
     """Every rank calls it; the first gets what was found."""
     from vqrae_ds.config import DataConfig
     from vqrae_ds.data.opening import open_index
+    from vqrae_ds.device import choose_device
     from vqrae_ds.evaluation.instruments import Wanted, open_instruments
-    from vqrae_ds.evaluation.joining import choose_device
     from vqrae_ds.evaluation.whole_set import measure_set
     from vqrae_ds.ranks import failing_together
 

@@ -40,8 +40,8 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
     # Imported here, so that --help and mistakes do not wait for torch.
     from vqrae_ds.data.fit import on_one_canvas
+    from vqrae_ds.device import choose_device
     from vqrae_ds.evaluation.instruments import load_model
-    from vqrae_ds.evaluation.joining import choose_device
     from vqrae_ds.evaluation.report import image_grid, save_grid
     from vqrae_ds.evaluation.single_image import reconstruct_file
     from vqrae_ds.manifest import write_json_atomically

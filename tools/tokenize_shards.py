@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqrae_ds.command_line import OneLineParser, configure_logging, run_tool
+from vqrae_ds.worker import this_worker
 
 if TYPE_CHECKING:
-    from vqrae_ds.config import DataConfig
+    from vqrae_ds.config import DataConfig, ModelConfig
+    from vqrae_ds.data.index import ShardIndex
+    from vqrae_ds.tokenizing.job import Job
+
+LIMITS = ("max_image_bytes", "max_image_pixels")
 
 EXAMPLES = """\
 examples:
@@ -22,10 +27,10 @@ examples:
   python tools/tokenize_shards.py runs/model data/train codes/train --verify
 
 The same command again goes on, with any number of ranks; a rank that was killed loses the shard
-that it was at, and what its loader had begun of the next one. Shards that are there are read and
-held to their checksums first. Ranks do not wait for one another: each begins with its own share and
-then helps where shards are left. Another model, data set, size or precision in the same OUT is
-refused; batch size, --num-workers and --bad-samples may change.
+that it was at and those that its loader had begun, with small shards several. Shards that are there
+are read and held to their checksums first. Ranks do not wait for one another: each begins with its
+own share and then helps where shards are left. Another model, data set, size or precision in the
+same OUT is refused; batch size, --num-workers and --bad-samples may change.
 
 OUT gets codes-000012.safetensors for the shard 12 of SHARDS: codes uint16 (N, h, w), the keys, each
 image's place in its shard, its size and the square that was taken (the largest one in the centre,
@@ -33,10 +38,13 @@ resized to the size of the model). vqrae_ds/tokenizing/code_shard.py has the for
 and CodeDataset of vqrae_ds/tokenizing/dataset.py gives sequences of int64. manifest.json, written
 last, has every file with its checksum, what was skipped by kind, and the totals. Samples that were
 skipped are in their file with key and kind; those of a shard that was away are tried again by the
-next start.
+next start, and a file is replaced only by one with codes of as many images or more.
 
 Codes are those of model.encode_to_indices on the same batches. With another batch size, or on
 another machine, a token that two codes are almost equally near to may get the other one.
+
+Each rank takes the GPU of its number on its machine. Where each sees only its own, as with srun
+--gpus-per-task=1, say --device cuda:0.
 
 exit status: 0 done, or left to other ranks; 1 failed, or --verify found damage; 2 a mistake
 """
@@ -48,12 +56,11 @@ def main() -> None:
     check(args)
     from vqrae_ds.config import DataConfig
     from vqrae_ds.config.checking import check as check_section
-    from vqrae_ds.tokenizing.sharing import this_worker
 
     worker = this_worker(os.environ)
     configure_logging(worker.rank)
-    fields = ("bad_samples", "num_workers", "max_image_bytes", "max_image_pixels")
-    given = {name: getattr(args, name) for name in fields}
+    fields = {name: getattr(args, name) for name in ("bad_samples", "num_workers", *LIMITS)}
+    given = {name: value for name, value in fields.items() if value is not None}
     data = check_section(DataConfig, {"train": args.shards, **given}, prefix="data.")
     check_indexes(data)
 
@@ -61,23 +68,21 @@ def main() -> None:
     import torch
 
     from vqrae_ds.data.opening import Reader, open_index
+    from vqrae_ds.device import choose_device
     from vqrae_ds.models.vqrae import read_config
-    from vqrae_ds.tokenizing.job import check_same, make_job, read_job
-    from vqrae_ds.tokenizing.model import choose_device, default_dtype, load_for_encoding
+    from vqrae_ds.tokenizing.job import make_job
+    from vqrae_ds.tokenizing.model import default_dtype, load_for_encoding
     from vqrae_ds.tokenizing.tokenize import Task, tokenize
     from vqrae_ds.tokenizing.verifying import verify
 
     config = read_config(args.model)
     index = open_index(args.shards, data, Reader(worker.rank, worker.world_size))
     if args.verify:
-        theirs = read_job(args.output)
-        size, dtype = args.image_size or theirs.image_size, args.dtype or theirs.dtype
-        job = make_job(args.model, config, index, data, image_size=size, dtype=dtype)
-        check_same(args.output, theirs, job)
+        job = job_of_folder(args, config, index, data)
         verdict = verify(args.output, job, index)
         print("\n".join(verdict.damage) if verdict.damage else f"intact: {verdict.totals}")
         sys.exit(1 if verdict.damage else 0)
-    device = choose_device(worker.local_rank)
+    device = choose_device(args.device)
     dtype = args.dtype or default_dtype(device)
     job = make_job(args.model, config, index, data, image_size=args.image_size, dtype=dtype)
     batch_size = args.batch_size or (64 if device.type == "cuda" else 16)
@@ -85,9 +90,26 @@ def main() -> None:
     made_with = {"batch_size": batch_size, "device": name, "torch": torch.__version__}
     task = Task(args.output, job, index, data, worker, batch_size, made_with)
     outcome = tokenize(task, lambda: load_for_encoding(args.model, device, dtype))
-    said = f"rank {worker.rank}: {outcome.shards} shards, {outcome.images} images"
     rest = f"all is there: {outcome.totals}" if outcome.totals else "the rest is with other ranks"
-    print(f"{said}; {rest}")
+    print(f"rank {worker.rank}: {outcome.made}; {rest}")
+
+
+def job_of_folder(
+    args: argparse.Namespace, config: ModelConfig, index: ShardIndex, data: DataConfig
+) -> Job:
+    """The job of MODEL and SHARDS, with what is not given as OUT has it.
+
+    Raises `ValueError` where that of OUT is another one.
+    """
+    from vqrae_ds.tokenizing.job import check_same, make_job, read_job
+
+    theirs = read_job(args.output)
+    size, dtype = args.image_size or theirs.image_size, args.dtype or theirs.dtype
+    limits = {name: getattr(args, name) or getattr(theirs, name) for name in LIMITS}
+    data = data.model_copy(update=limits)
+    job = make_job(args.model, config, index, data, image_size=size, dtype=dtype)
+    check_same(args.output, theirs, job)
+    return job
 
 
 def make_parser() -> OneLineParser:
@@ -109,9 +131,10 @@ def make_parser() -> OneLineParser:
     add("--bad-samples", choices=("refuse", "skip"), default="refuse", help=bad)
     workers = "loader processes a rank, 0 for none (default: %(default)s)"
     add("--num-workers", type=int, metavar="N", default=4, help=workers)
-    limit = "more is a bad sample (default: %(default)s)"
-    add("--max-image-bytes", type=int, metavar="N", default=67_108_864, help=limit)
-    add("--max-image-pixels", type=int, metavar="N", default=89_478_485, help=limit)
+    limit = "more is a bad sample (default: {}; with --verify that of OUT)"
+    add("--max-image-bytes", type=int, metavar="N", help=limit.format(67_108_864))
+    add("--max-image-pixels", type=int, metavar="N", help=limit.format(89_478_485))
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU a rank where there are any)")
     add("--verify", action="store_true", help="read OUT and compare with MODEL, SHARDS, checksums")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
     return parser

@@ -30,13 +30,14 @@ from vqrae_ds.config import DataConfig, ModelConfig
 from vqrae_ds.data.crops import centre_crop
 from vqrae_ds.data.index import read_index
 from vqrae_ds.data.indexing import index_shards
+from vqrae_ds.device import choose_device
 from vqrae_ds.models.vqrae import VQRAE, read_config
 from vqrae_ds.tokenizing.code_shard import read_columns, read_header
 from vqrae_ds.tokenizing.folder import code_path
 from vqrae_ds.tokenizing.job import make_job
-from vqrae_ds.tokenizing.model import choose_device, default_dtype, load_for_encoding
-from vqrae_ds.tokenizing.sharing import Worker
+from vqrae_ds.tokenizing.model import default_dtype, load_for_encoding
 from vqrae_ds.tokenizing.tokenize import Task, tokenize
+from vqrae_ds.worker import Worker
 
 SOURCE_PX = 512
 SHARDS, SAMPLES_A_SHARD = 4, 64
@@ -60,7 +61,7 @@ def measure_tokenize(
     Without a `model` it is a small one with random weights, whose encoder is described in the
     folder `encoder`.
     """
-    device = choose_device(0)
+    device = choose_device()
     dtype = default_dtype(device)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         root = Path(temporary)
@@ -123,7 +124,7 @@ def _ours(
     made_with = {"batch_size": batch_size}
     task = Task(output, job, index, data, Worker(), batch_size, made_with)
     outcome = tokenize(task, lambda: encode)
-    assert outcome.totals is not None and outcome.images == index.num_samples
+    assert outcome.totals is not None and outcome.made.images == index.num_samples
 
 
 def _as_a_user_would(model: Path, device: torch.device, dtype: str) -> Encode:

@@ -3,7 +3,7 @@
 Importing this package imports neither torch nor deepspeed: a mistake is reported within a second.
 """
 
-from vqrae_ds.config.checking import nearest_multiples
+from vqrae_ds.config.checking import check_image_size, nearest_multiples
 from vqrae_ds.config.command_line import parse_command_line
 from vqrae_ds.config.encoder import choose_encoder
 from vqrae_ds.config.losses import AdversarialConfig, DistillationConfig, LossConfig
@@ -32,6 +32,7 @@ __all__ = [
     "Run",
     "Schedule",
     "TrainConfig",
+    "check_image_size",
     "check_same_model",
     "choose_encoder",
     "describe",

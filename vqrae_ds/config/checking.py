@@ -142,6 +142,15 @@ def nearest_multiples(size: int, of: int, joint: str = "or") -> str:
     return f" {joint} ".join(str(near) for near in (low, low + of) if near > 0)
 
 
+def check_image_size(size: int, token_side: int) -> None:
+    """Raise `ValueError` where a side of `size` pixels is not made of whole tokens."""
+    if size < 1 or size % token_side:
+        nearest = nearest_multiples(max(size, 1), token_side)
+        raise ValueError(
+            f"{size} pixels are no multiple of {token_side}, a token's side; nearest: {nearest}"
+        )
+
+
 def list_keys(section: str, names: Sequence[str]) -> str:
     """The keys of one section of `names`, for a sentence."""
     return ", ".join(n.rpartition(".")[2] for n in names if n.rpartition(".")[0] == section)

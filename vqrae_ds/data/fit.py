@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vqrae_ds.config import nearest_multiples
+from vqrae_ds.config import check_image_size
 from vqrae_ds.data.decode import load_image, open_image
 
 Fit = Literal["crop", "resize", "pad"]
@@ -37,9 +37,7 @@ def load_fitted(path: Path, fit: Fit, *, multiple: int, size: int | None = None)
     """
     if fit == "crop":
         assert size is not None, "a square needs a side"
-        if size % multiple:
-            nearest = nearest_multiples(size, multiple)
-            raise ValueError(f"{size} pixels are no multiple of {multiple}; nearest: {nearest}")
+        check_image_size(size, multiple)
         return FittedImage(load_image(path, image_size=size), size, size)
     image = open_image(path)
     scale = 1.0 if size is None else size / min(image.size)

@@ -82,6 +82,8 @@ def _leave_stopping_to_the_rank(_: int) -> None:
 
 def _end_workers() -> None:
     """At the exit of Python, which else asks them by a signal that they ignore, and waits."""
+    # PyTorch's handler would raise that a worker was killed, after the last word of the process.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

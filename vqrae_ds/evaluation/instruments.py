@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from vqrae_ds.config import ModelConfig
+from vqrae_ds.config import ModelConfig, check_image_size
 from vqrae_ds.config.files import read_json
 from vqrae_ds.evaluation.inception import Inception
 from vqrae_ds.evaluation.measuring import Instruments
@@ -52,9 +52,7 @@ def open_instruments(
     inception = None if wanted.inception is None else Inception(wanted.inception).to(device)
     model = load_model(wanted.model, dtype, device)
     side = image_size or model.config.image_size
-    token_side = model.config.output_patch_size
-    if side < 1 or side % token_side:
-        raise ValueError(f"--size {side} is no multiple of {token_side}, the side of a token")
+    check_image_size(side, model.config.output_patch_size)
     if side < SSIM_WINDOW:
         left_out["ssim"] = f"its window has {SSIM_WINDOW} px, the images have {side}"
     original = None

@@ -76,10 +76,13 @@ def write_images(
     """PNG files called by number, and `keys.json`, number -> key. Returns how many.
 
     Keys are text from elsewhere, and become no path. Raises `ValueError` where `output` is not
-    empty.
+    empty, and where there is no image `first`.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not an empty folder: name another one, or remove it first")
+    total = sum(entry["num_samples"] for entry in read_manifest(folder)["shards"])
+    if first >= total:
+        raise ValueError(f"--first {first}: {folder} has {total} images, counted from 0")
     output.mkdir(parents=True, exist_ok=True)
     keys: dict[str, str] = {}
     options = {"first": first, "end": end, "batch_size": batch_size}

@@ -94,11 +94,17 @@ def is_finished(output: Path, shard: int, expected: Expected, *, thoroughly: boo
     """
     if not thoroughly:
         return code_path(output, shard).exists()
+    header = intact_header(output, shard, expected)
+    return header is not None and not any(s.kind in _MENDABLE for s in header.skipped)
+
+
+def intact_header(output: Path, shard: int, expected: Expected) -> Header | None:
+    """What a shard's file says, read to its end; None where there is none or it is damaged."""
     try:
         header = header_of(output, shard, expected)
     except (ValueError, FileNotFoundError):
-        return False
-    return not any(s.kind in _MENDABLE for s in header.skipped) and is_sound(header)
+        return None
+    return header if is_sound(header) else None
 
 
 def publish(output: Path, shard: int, data: bytes) -> None:
@@ -126,36 +132,44 @@ def remove_leftovers(output: Path, claims: Claims) -> None:
                 claims.let_go(turn.shard)
 
 
-def finish(output: Path, job: Job, index: ShardIndex, *, anew: bool) -> Totals | None:
-    """Write the manifest where all shards are there; None where some are not.
+def finish(output: Path, job: Job, index: ShardIndex) -> Totals | None:
+    """See that the manifest is of the files that are there; None where some are not there yet.
 
-    Unless `anew` one that is there is read: who has made a shard must not trust it, another rank
-    may have written it before. A file that is damaged is not there yet: the rank whose share it is
-    in makes it again, in this start or the next.
+    One that is there may be of other files: a peer wrote it just before a file was made anew, and
+    the rank that made it died. So it is written unless it says what the files say, and they are
+    read again after it was written. A file that is damaged is not there yet: the rank whose share
+    it is in makes it again, in this start or the next.
     """
-    if not anew:
-        with contextlib.suppress(ValueError):
-            return Totals(**read_manifest(output)["totals"])
+    listed = None
+    with contextlib.suppress(ValueError):
+        listed = read_manifest(output)
+    while (found := _payload(output, job, index)) != listed:
+        if found is None:
+            return None
+        partial = output / f".{MANIFEST_NAME}.{platform.node()}.{os.getpid()}"
+        write_sealed(partial, found)
+        os.replace(partial, output / MANIFEST_NAME)
+        sync(output)
+        listed = found
+    return None if found is None else Totals(**found["totals"])
+
+
+def _payload(output: Path, job: Job, index: ShardIndex) -> dict[str, Any] | None:
+    """What the manifest of the files that are there says; None where some are not there yet."""
     if not set(finished_shards(output)).issuperset(range(len(index.shards))):
         return None
     expected = Expected(job.digest, index)
     try:
         headers = [header_of(output, shard, expected) for shard in range(len(index.shards))]
     except (ValueError, FileNotFoundError) as error:
-        logger.warning("no %s yet: %s", MANIFEST_NAME, error)
+        logger.warning("%s has to wait: %s", MANIFEST_NAME, error)
         return None
-    totals = totals_of(headers, index)
-    payload = {
+    return {
         "format_version": FORMAT_VERSION,
         "job": job._asdict(),
-        "totals": totals._asdict(),
+        "totals": totals_of(headers, index)._asdict(),
         "shards": [_entry(header) for header in headers],
     }
-    partial = output / f".{MANIFEST_NAME}.{platform.node()}.{os.getpid()}"
-    write_sealed(partial, payload)
-    os.replace(partial, output / MANIFEST_NAME)
-    sync(output)
-    return totals
 
 
 def totals_of(headers: Sequence[Header], index: ShardIndex) -> Totals:

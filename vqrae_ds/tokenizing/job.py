@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from vqrae_ds.config import DataConfig, ModelConfig, nearest_multiples
+from vqrae_ds.config import DataConfig, ModelConfig, check_image_size
 from vqrae_ds.data.index import ShardIndex
 from vqrae_ds.manifest import hash_file, read_sealed, write_sealed
 from vqrae_ds.models.vqrae import config_json, read_config
@@ -66,9 +66,7 @@ def make_job(
     """
     check_num_codes(config.num_embeddings)
     size, q = image_size or config.image_size, config.output_patch_size
-    if size % q:
-        nearest = nearest_multiples(size, q)
-        raise ValueError(f"{size} pixels are no multiple of {q}, a token's side; nearest {nearest}")
+    check_image_size(size, q)
     sources = json.dumps([source_of(index, number) for number in range(len(index.shards))])
     config_digest, weights_digest = _model_digests(model, config)
     return Job(
@@ -124,7 +122,9 @@ def begin_or_join(output: Path, job: Job) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / JOB_NAME
     if not path.exists():
-        if foreign := next((p for p in output.iterdir() if not _is_of_a_job(p.name)), None):
+        foreign = next((p for p in output.iterdir() if not _is_of_a_job(p.name)), None)
+        # A rank that was first may have made the job and begun to work, since we looked for it.
+        if foreign is not None and not path.exists():
             raise ValueError(f"{output} is not empty ({foreign.name}): name a new folder")
         # Of ranks that come at once one makes the name; it has its whole content from the start.
         partial = path.with_name(f".{JOB_NAME}.{uuid.uuid4().hex}")

@@ -45,15 +45,6 @@ def load_for_decoding(folder: Path, device: torch.device, dtype: str) -> Callabl
     return decode
 
 
-def choose_device(local_rank: int) -> torch.device:
-    """The GPU of a rank, which may be the only one that it sees; the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
 def default_dtype(device: torch.device) -> str:
     """bf16 on a GPU, fp32 on a CPU."""
     return "bf16" if device.type == "cuda" else "fp32"

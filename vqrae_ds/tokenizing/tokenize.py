@@ -2,7 +2,7 @@
 
 No rank talks to another. The last one to finish a shard sees all of them there, and writes the
 manifest. A rank that is killed loses the shards that it has claimed: the one that it encodes, and
-one more where its loader has begun to decode ahead.
+those that its loader has begun, which is data.num_workers x data.prefetch_batches batches ahead.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from vqrae_ds.tokenizing.folder import (
     Expected,
     Totals,
     finish,
+    intact_header,
     is_finished,
     publish,
     remove_leftovers,
@@ -34,7 +35,8 @@ from vqrae_ds.tokenizing.folder import (
 from vqrae_ds.tokenizing.job import Job, begin_or_join, source_of
 from vqrae_ds.tokenizing.pieces import DecodedPiece, decoded_pieces, pieces_of
 from vqrae_ds.tokenizing.progress import Progress
-from vqrae_ds.tokenizing.sharing import Claims, Turn, Worker, turns
+from vqrae_ds.tokenizing.sharing import Claims, Turn, turns
+from vqrae_ds.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +55,22 @@ class Task(NamedTuple):
     made_with: dict[str, Any]
 
 
+class Made(NamedTuple):
+    """What one rank has made: files, and the images in them with and without codes."""
+
+    shards: int = 0
+    images: int = 0
+    skipped: int = 0
+
+    def __str__(self) -> str:
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        return f"{self.shards} shards, {self.images} images{skipped}"
+
+
 class Outcome(NamedTuple):
     """What a rank leaves: `totals` where it saw the whole job done, else None."""
 
-    shards: int  # that it made
-    images: int
+    made: Made
     totals: Totals | None
 
 
@@ -71,9 +84,9 @@ def tokenize(task: Task, load: Callable[[], Encode]) -> Outcome:
     begin_or_join(output, task.job)
     claims = Claims(output / CLAIMS_NAME)
     progress = Progress(output, index.samples_per_shard)
-    made = 0
+    made = Made()
     try:
-        shards = _shards_to_do(task, claims)
+        shards = _shards_to_do(task, claims, progress)
         first = next(shards, None)
         if first is not None:
             pieces = decoded_pieces(
@@ -86,17 +99,17 @@ def tokenize(task: Task, load: Callable[[], Encode]) -> Outcome:
                 prefetch_batches=task.data.prefetch_batches,
             )
             made = _work(task, pieces, load(), claims, progress)
-        if made:
+        if made.shards:
             logger.info("%s", progress.line())
-        totals = finish(output, task.job, index, anew=made > 0)
+        totals = finish(output, task.job, index)
         if totals is not None:
             remove_leftovers(output, claims)
     finally:
         claims.close()
-    return Outcome(made, progress.images, totals)
+    return Outcome(made, totals)
 
 
-def _shards_to_do(task: Task, claims: Claims) -> Iterator[int]:
+def _shards_to_do(task: Task, claims: Claims, progress: Progress) -> Iterator[int]:
     """Those that this rank has claimed, as they are asked for.
 
     Of its own share it reads what is there already; whether a shard of another's is sound is the
@@ -110,6 +123,7 @@ def _shards_to_do(task: Task, claims: Claims) -> Iterator[int]:
             claims.let_go(turn.shard)
             continue
         (task.output / MANIFEST_NAME).unlink(missing_ok=True)  # it vouches for what was there
+        progress.begin(turn.shard)
         yield turn.shard
 
 
@@ -123,20 +137,37 @@ def _work(
     encode: Encode,
     claims: Claims,
     progress: Progress,
-) -> int:
-    """The number of shards that were made of `pieces`."""
-    made, parts, codes = 0, [], []
+) -> Made:
+    """Publish the shards that `pieces` are of."""
+    made, parts, codes = Made(), [], []
     for part in pieces:
         piece = part.piece
         codes.append(_encoded(part, encode, task))
         parts.append(part._replace(images_B3SS=torch.empty(0)))  # the pixels of a shard are many
         progress.add(piece.end - piece.first)
         if piece.is_last:
-            publish(task.output, piece.shard, _file_of(task, piece.shard, parts, codes))
+            of_shard = _publish(task, piece.shard, parts, codes)
+            made = Made(*(sum(pair) for pair in zip(made, of_shard, strict=True)))
             claims.let_go(piece.shard)
-            progress.shard_done()
-            made, parts, codes = made + 1, [], []
+            progress.shard_done(piece.shard)
+            parts, codes = [], []
     return made
+
+
+def _publish(task: Task, shard: int, parts: list[DecodedPiece], codes: list[np.ndarray]) -> Made:
+    """Publish the codes of a shard, unless the file that is there has those of more images.
+
+    Samples may be tried again at a moment when more of them are away than were before.
+    """
+    images = sum(len(part.keys) for part in parts)
+    skipped = sum(len(part.skipped) for part in parts)
+    there = intact_header(task.output, shard, Expected(task.job.digest, task.index))
+    if there is not None and there.shape[0] > images:
+        text = "%s stays: it has the codes of %d images, of which %d can be read now"
+        logger.warning(text, there.path, there.shape[0], images)
+        return Made()
+    publish(task.output, shard, _file_of(task, shard, parts, codes))
+    return Made(1, images, skipped)
 
 
 def _encoded(part: DecodedPiece, encode: Encode, task: Task) -> np.ndarray:
