@@ -10,9 +10,9 @@ import logging
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from vqrae_ds import watchdog
+from vqrae_ds import run_folder, watchdog
 from vqrae_ds.config import DataConfig, LossConfig, Run
 from vqrae_ds.stopping import StopRequest
 
@@ -53,6 +53,7 @@ class Setup(NamedTuple):
     pretrained: FileRecord | None = None  # the run's file of frozen pretrained weights
     data_digest: str = ""  # of the shards of the training data; empty where they are streamed
     twins: Twins | None = None  # None where no other rank sees the same images
+    lock: IO[str] | None = None  # keeps other starts out of the run's folder as long as it lives
 
     def must_stop(self) -> bool:
         """Whether too many steps were skipped in a row, or too many samples; on all ranks alike."""
@@ -102,7 +103,7 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
     tensor_size = run.schedule.batch.tensor_size
     ranks = engines.start(timeout, config.run.deterministic, tensor_size)
     with failing_together():
-        Path(config.run.output_dir).mkdir(parents=True, exist_ok=True)
+        lock = run_folder.enter(Path(config.run.output_dir), ranks.rank)
     index, validation_index = _open_indices(config.data, ranks)
 
     checkpoint.prepare_local_dir(run)
@@ -143,6 +144,7 @@ def prepare(run: Run, stop_request: StopRequest | None = None) -> Setup:
         start.pretrained,
         "" if index is None else index.digest(),
         twins,
+        lock,
     )
 
 

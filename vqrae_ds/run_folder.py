@@ -1,18 +1,36 @@
-"""The run folder explains itself: both files as resolved, and what the run runs on."""
+"""The run folder explains itself: both files as resolved, what the run runs on, and who trains it.
+
+Two starts of one run would write one log and the same checkpoints, each over the other's. A start
+holds a lock of the kernel, which goes with its process, however that ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
+import logging
+import os
 import platform
 import subprocess
+import time
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import IO
 
 import yaml
 
 from vqrae_ds import __version__
 from vqrae_ds.config import Run
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = "lock"  # says who has it
+# A start that was asked to stop saves for a while; one whose machine died keeps a file server's
+# lock for a minute and a half.
+WAIT_SECONDS = 120.0
+_HELD = (errno.EACCES, errno.EAGAIN)
 
 
 def record(run: Run) -> None:
@@ -29,6 +47,50 @@ def record(run: Run) -> None:
         "packages": {package.name: package.version for package in distributions()},
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def enter(folder: Path, rank: int) -> IO[str] | None:
+    """Make the run's folder; the first rank keeps other starts out of it, see `lock`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return lock(folder) if rank == 0 else None
+
+
+def lock(folder: Path, wait_seconds: float = WAIT_SECONDS) -> IO[str]:
+    """The right to train in `folder`, as long as what is returned stays open in this process.
+
+    Waits for another start to end. Raises `ValueError` where it does not; a file system without
+    locks is a warning.
+    """
+    file = open(folder / LOCK_NAME, "a+")  # noqa: SIM115 - open as long as the caller wants it
+    deadline = time.monotonic() + wait_seconds
+    is_told = False
+    while (reason := _try(file)) in _HELD:
+        file.seek(0)
+        owner = f"{folder} is in training by {file.read().strip() or 'another process'}"
+        if time.monotonic() > deadline:
+            file.close()
+            way_out = f"wait for its end, or ask it to stop: touch {folder / 'STOP'}"
+            raise ValueError(f"{owner}: {way_out}")
+        if not is_told:
+            logger.warning("%s: this start waits %.0f s for its end", owner, wait_seconds)
+            is_told = True
+        time.sleep(0.5)
+    if reason is not None:
+        logger.warning("nothing keeps a second start of this run away: %s", os.strerror(reason))
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def _try(file: IO[str]) -> int | None:
+    """Take the lock, in which processes forked from this one have no part; an error's number."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def _revision() -> str | None:

@@ -139,3 +139,27 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(folder, ask):
     assert ours.keys() == straight.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, straight[name]), name
+
+
+def test_a_second_start_waits_for_the_first_and_goes_on_from_it(folder):
+    """As after Ctrl-C, or after a `kill` of the launcher, which leaves its ranks to themselves."""
+    run_folder = folder / "twice"
+    overrides = [f"run.output_dir={run_folder}", "run.total_steps=1000", "data.validation=null"]
+    logs = [folder / f"twice_{number}.log" for number in (1, 2)]
+    with started(folder, 1, *overrides, log=logs[0]) as first:
+        wait_for_step(run_folder, 10, first, logs[0])
+        with started(folder, 1, *overrides, log=logs[1]) as second:
+            while "this start waits" not in logs[1].read_text():
+                assert second.poll() is None, logs[1].read_text()
+                time.sleep(0.1)
+            ask_by_file(first, run_folder)
+            assert first.wait(timeout=90) == PREEMPTED_STATUS, logs[0].read_text()
+            stopped_at = read_manifest(find_step_folder(run_folder)).step
+            wait_for_step(run_folder, stopped_at + 2, second, logs[1])
+            ask_by_file(second, run_folder)
+            assert second.wait(timeout=90) == PREEMPTED_STATUS, logs[1].read_text()
+    log = logs[1].read_text()
+    assert f"{run_folder} is in training by process " in log
+    assert f"resumed from {run_folder}/checkpoints/step_{stopped_at:08d} at step" in log
+    steps = [e["step"] for e in read_metrics(run_folder) if "loss/total" in e]
+    assert steps == list(range(1, steps[-1] + 1))
