@@ -104,24 +104,34 @@ MISTAKES = [
     (
         "losses.adversarial={start_step: 100}",
         "losses.adversarial.start_step = 100",
-        "is not below the 100 steps of the run",
+        "is not below the 100 steps of the run, and the term would never take part: set it lower, "
+        "or losses.adversarial=null",
     ),
     (
         "losses.perceptual={start_step: 200}",
         "losses.perceptual.start_step = 200",
-        "the term would never take part",
+        "set it lower, or losses.perceptual=null",
+    ),
+    (
+        "losses.quantizer={start_step: 100}",
+        "losses.quantizer.start_step = 100",
+        "set it lower, or losses.quantizer.weight=0",
     ),
     (
         "losses.adversarial={start_step: 60}",
         "losses.adversarial: the discriminator trains for the last 40 steps",
-        "scheduler.params.warmup_num_steps = 50",
+        "scheduler.params.warmup_num_steps = 50): set its start lower, or losses.adversarial=null",
     ),
     # What is missing, and what does not fit together.
     ("-data.train", "data.train is missing", "in the YAML"),
     ("-deepspeed.gradient_clipping", "gradient_clipping is missing", "in the DeepSpeed JSON"),
     ("deepspeed.scheduler.params={}", "scheduler.params.warmup_num_steps is missing", ""),
     ("-run.total_steps", "run.total_steps is missing", "run.epochs"),
-    ("run.epochs=2", "run.total_steps = 100 is set", "run.epochs = 2: remove one of the two"),
+    (
+        "run.epochs=2",
+        "run.total_steps = 100 is set",
+        "run.epochs = 2: remove one of the two (run.total_steps=null, or run.epochs=null)",
+    ),
     ("init.allow_untrained_encoder=false", "init.encoder_weights is missing", "name the folder"),
     ("stage=2", "init.model is missing", "tools/convert_checkpoint.py"),
     ("init={model: a, encoder_weights: b}", 'init.encoder_weights = "b"', "remove one of the two"),

@@ -184,6 +184,7 @@ def test_summary_of_a_run_and_of_an_unfinished_one(tmp_path):
         "validation/psnr": 20.0,
         "validation/baseline_psnr": 15.0,
         "validation/lpips": 0.4,
+        "validation/usage": 0.3,
     }
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(e) + "\n" for e in [*entries, validation]))
@@ -191,11 +192,12 @@ def test_summary_of_a_run_and_of_an_unfinished_one(tmp_path):
     assert summary.baseline_psnr == 15.0
     assert summary.figures == {
         "steps": 40,
-        "first_loss": 0.5,
-        "last_loss": 0.1,
+        "first_reconstruction_loss": 0.5,
+        "last_reconstruction_loss": 0.1,
         "val_psnr": 20.0,
         "val_lpips": 0.4,
-        "codebook_usage": 0.9,
+        "val_codebook_usage": 0.3,
+        "codebook_usage_training": 0.9,
     }
     path.write_text("".join(json.dumps(e) + "\n" for e in entries))
     with pytest.raises(ValueError, match="not a finished run"):

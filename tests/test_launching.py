@@ -89,6 +89,26 @@ def test_hostfile_launch_refuses_in_one_line_before_anything_is_started(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "script, said",
+    [
+        ("multinode.sh", "required: HOSTFILE, CONFIG.yaml, DEEPSPEED.json (--help"),
+        ("slurm.sbatch", "submit it: sbatch --nodes=N launchers/slurm.sbatch CONFIG.yaml"),
+        ("slurm_convert.sbatch", "submit it: sbatch launchers/slurm_convert.sbatch RUN OUT"),
+    ],
+)
+def test_a_script_that_is_called_wrongly_says_how_in_one_line(script, said):
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM_", "PROJECT"))}
+    done = subprocess.run(
+        ["bash", str(ROOT / "launchers" / script)],
+        env={**environment, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ") and said in done.stderr
+
+
 def test_values_pass_through_deepspeed_and_a_shell(tmp_path):
     values = {f"DS_ACCELERATOR_{i}": value for i, value in enumerate(VALUES)}
     write_deepspeed_env(tmp_path / "env", {**values, "OTHER": "stays"}, PYTHONX="own")

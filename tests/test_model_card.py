@@ -35,7 +35,8 @@ def test_a_card_says_what_the_model_is(tmp_path: Path) -> None:
         "tokens an image": "4 x 4 = 16, one for 8 x 8 pixels",
         "compression": "231.2 times, of 24 bits a pixel",
     }
-    assert card.count(TO_FILL_IN) == 5
+    assert card.count(TO_FILL_IN) == 6
+    assert f"{TO_FILL_IN}: the published weights that the training began with" in card
     assert max(map(len, card.split("\n"))) <= 120
 
 

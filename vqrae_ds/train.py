@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from vqrae_ds import watchdog
 from vqrae_ds.command_line import USER_ERRORS, configure_logging, end_process_after, exit_with
 from vqrae_ds.config import Run, describe, parse_command_line
-from vqrae_ds.data.failure import DataFailed, naming_rank, worker_death
+from vqrae_ds.data.failure import DataFailed, naming_rank
+from vqrae_ds.lost_process import ending_when_one_is_lost
 from vqrae_ds.preparation import Setup, prepare, set_learning_rates, stop_request_of, watchdog_of
 from vqrae_ds.run_folder import record
 from vqrae_ds.stopping import PREEMPTED_STATUS, hold_signals
@@ -65,7 +66,7 @@ def main() -> None:
     configure_logging(rank)
     stop_request = stop_request_of(run)
     hold_signals()
-    with watchdog_of(run, rank):
+    with watchdog_of(run, rank), ending_when_one_is_lost(rank):
         # Imported here, so that a mistake in the configuration does not wait for torch.
         from vqrae_ds.ranks import is_said_by_peer
 
@@ -87,8 +88,6 @@ def main() -> None:
         except Preempted as stop:
             logger.warning("%s", stop)
             sys.exit(PREEMPTED_STATUS)
-        except RuntimeError as error:
-            exit_with(worker_death(rank, error), status=1)
 
 
 def train(run: Run, setup: Setup) -> None:

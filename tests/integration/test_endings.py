@@ -61,6 +61,22 @@ def test_a_rank_that_stops_ends_the_job_with_the_stacks_of_its_peers(folder):
     assert not (run_folder / "stacks" / "rank_00001.txt").exists(), "it stood still"
 
 
+def test_a_rank_that_is_killed_is_one_line_of_its_peer(folder):
+    run_folder, log_path = folder / "killed", folder / "killed.log"
+    overrides = [f"run.output_dir={run_folder}", "run.total_steps=100000"]
+    with started(folder, 1, *overrides, "data.num_workers=0", log=log_path) as launcher:
+        wait_for_step(run_folder, 3, launcher, log_path)
+        every = psutil.Process(launcher.pid).children(recursive=True)
+        next(p for p in ranks_of(launcher) if p.environ()["RANK"] == "1").kill()
+        assert launcher.wait(timeout=LAUNCHER_GRACE) != 0
+        _, alive = psutil.wait_procs(every, timeout=10)
+        assert not alive, "no process outlives the job"
+    log = log_path.read_text()
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: rank 0: a peer is gone: "), log[-3000:]
+    assert "Traceback" not in log
+
+
 def test_an_image_that_is_cut_short_ends_the_job_in_a_line_with_rank_shard_and_key(folder):
     position = 22  # of the stream: with 2 x 2 images a step in the sixth one, of rank 1
     index = read_index(folder / "train")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vqrae_ds.config.deepspeed_json import get, list_divisors
+from vqrae_ds.config.losses import LossConfig
 from vqrae_ds.config.schema import TrainConfig
 
 
@@ -17,6 +18,41 @@ def check_together(config: TrainConfig, raw_json: Mapping[str, Any], world_size:
     _check_selective(config, raw_json)
     _check_hpz(raw_json, world_size)
     _check_tensor_parallel(config, raw_json)
+
+
+def check_starts(losses: LossConfig, steps: int, warmup: int) -> None:
+    """Raise `ValueError` for a term that a run of `steps` would never reach.
+
+    It is a mistake, most often of a run made shorter. So is a discriminator that would never end
+    its warm-up, of `warmup` steps.
+    """
+    distillation = losses.distillation
+    optional = {
+        "perceptual": losses.perceptual,
+        "convnext": losses.convnext,
+        "adversarial": losses.adversarial,
+    }
+    terms = optional | {
+        "reconstruction": losses.reconstruction,
+        "quantizer": losses.quantizer,
+        "distillation.quantized": distillation and distillation.quantized,
+        "distillation.teacher": distillation and distillation.teacher,
+    }
+    for name, term in terms.items():
+        if term is not None and term.weight > 0 and term.start_step >= steps:
+            without = f"losses.{name}=null" if name in optional else f"losses.{name}.weight=0"
+            raise ValueError(
+                f"losses.{name}.start_step = {term.start_step} is not below the {steps} steps of "
+                f"the run, and the term would never take part: set it lower, or {without}"
+            )
+    gan = losses.adversarial
+    if gan is not None and gan.weight > 0 and warmup >= steps - gan.first_discriminator_step:
+        raise ValueError(
+            f"losses.adversarial: the discriminator trains for the last "
+            f"{steps - gan.first_discriminator_step} steps and would never end its warm-up "
+            f"(scheduler.params.warmup_num_steps = {warmup}): set its start lower, or "
+            "losses.adversarial=null"
+        )
 
 
 def _check_tensor_parallel(config: TrainConfig, raw_json: Mapping[str, Any]) -> None:

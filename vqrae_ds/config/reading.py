@@ -16,10 +16,9 @@ import yaml
 
 from vqrae_ds.config import deepspeed_json
 from vqrae_ds.config.checking import check, key_names, list_keys, nearest_name, show
-from vqrae_ds.config.cross_checks import check_together
+from vqrae_ds.config.cross_checks import check_starts, check_together
 from vqrae_ds.config.data_paths import data_folders
 from vqrae_ds.config.files import BASE, Recipe, parse_value, read_json, read_recipe
-from vqrae_ds.config.losses import LossConfig
 from vqrae_ds.config.model import ModelConfig, resolve_model
 from vqrae_ds.config.schema import TrainConfig
 from vqrae_ds.manifest import find_step_folder
@@ -260,35 +259,8 @@ def _schedule(config: TrainConfig, raw_json: Mapping[str, Any], world_size: int)
             "run (run.total_steps, or run.epochs x data.samples_per_epoch / train_batch_size): set "
             "deepspeed.scheduler.params.warmup_num_steps"
         )
-    _check_starts(config.losses, steps, warmup or 0)
+    check_starts(config.losses, steps, warmup or 0)
     return Schedule(batch, steps)
-
-
-def _check_starts(losses: LossConfig, steps: int, warmup: int) -> None:
-    """A term that would never be reached is a mistake, most often of a run made shorter."""
-    distillation = losses.distillation
-    terms = {
-        "reconstruction": losses.reconstruction,
-        "perceptual": losses.perceptual,
-        "convnext": losses.convnext,
-        "quantizer": losses.quantizer,
-        "adversarial": losses.adversarial,
-        "distillation.quantized": distillation and distillation.quantized,
-        "distillation.teacher": distillation and distillation.teacher,
-    }
-    for name, term in terms.items():
-        if term is not None and term.weight > 0 and term.start_step >= steps:
-            raise ValueError(
-                f"losses.{name}.start_step = {term.start_step} is not below the {steps} steps of "
-                "the run: the term would never take part"
-            )
-    gan = losses.adversarial
-    if gan is not None and gan.weight > 0 and warmup >= steps - gan.first_discriminator_step:
-        raise ValueError(
-            f"losses.adversarial: the discriminator trains for the last "
-            f"{steps - gan.first_discriminator_step} steps and would never end its warm-up "
-            f"(scheduler.params.warmup_num_steps = {warmup})"
-        )
 
 
 def _complete(raw_json: Mapping[str, Any], schedule: Schedule) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class RunConfig(Section):
         if self.epochs is not None and self.total_steps is not None:
             raise ValueError(
                 f"total_steps = {self.total_steps} is set, and so is run.epochs = {self.epochs}: "
-                "remove one of the two"
+                "remove one of the two (run.total_steps=null, or run.epochs=null)"
             )
         return self
 

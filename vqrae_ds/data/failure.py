@@ -20,17 +20,3 @@ def naming_rank(rank: int, batches: Iterator[T]) -> Iterator[T]:
         yield from batches
     except (*USER_ERRORS, OSError) as error:
         raise DataFailed(f"rank {rank}: {in_one_line(error)}") from error
-
-
-def worker_death(rank: int, error: RuntimeError) -> DataFailed:
-    """What to say where a process that reads data has ended before its time.
-
-    PyTorch raises it in the rank, wherever that is at the moment. Any other `error` is raised on.
-    """
-    text = " ".join(str(error).split()).removesuffix(".")
-    if not text.startswith("DataLoader worker (pid"):
-        raise error
-    return DataFailed(
-        f"rank {rank}: a process that reads data has died: {text}. Where it was killed for want of "
-        "memory, lower data.num_workers, data.prefetch_batches or data.max_image_pixels"
-    )

@@ -18,9 +18,10 @@ class RunSummary(NamedTuple):
 
 
 def summarize_run(folder: Path) -> RunSummary:
-    """First and last logged reconstruction loss, last validation and codebook usage of a run.
+    """First and last logged reconstruction term, last validation, and shares of codes in use.
 
-    Raises `ValueError` where the run has not got that far.
+    `codebook_usage_training` is that of the last training steps, `val_codebook_usage` that of the
+    last validation's images. Raises `ValueError` where the run has not got that far.
     """
     entries = read_metrics(folder)
     training = [e for e in entries if "loss/reconstruction" in e]
@@ -30,12 +31,13 @@ def summarize_run(folder: Path) -> RunSummary:
     last, validation = training[-1], validations[-1]
     figures = {
         "steps": last["step"],
-        "first_loss": training[0]["loss/reconstruction"],
-        "last_loss": last["loss/reconstruction"],
+        "first_reconstruction_loss": training[0]["loss/reconstruction"],
+        "last_reconstruction_loss": last["loss/reconstruction"],
         "val_psnr": validation["validation/psnr"],
         "val_ssim": validation.get("validation/ssim"),
         "val_lpips": validation.get("validation/lpips"),
-        "codebook_usage": last["codebook/usage"],
+        "val_codebook_usage": validation.get("validation/usage"),
+        "codebook_usage_training": last["codebook/usage"],
         "teacher_cosine": validation.get("validation/teacher_cosine"),
     }
     known = {name: value for name, value in figures.items() if value is not None}

@@ -16,7 +16,6 @@ Exit status: 0 with the marker DONE, 85 with PREEMPTED, 2 a user's mistake, else
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
@@ -46,7 +45,12 @@ from vqrae_ds.launching.orders import (
 )
 from vqrae_ds.launching.owner import this_process
 from vqrae_ds.launching.processes import end
-from vqrae_ds.launching.run_folder import RunFolder, check_run, trainer_arguments
+from vqrae_ds.launching.run_folder import (
+    RunFolder,
+    add_trainer_arguments,
+    check_run,
+    trainer_arguments,
+)
 from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS, SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -62,9 +66,7 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     parser = OneLineParser(description="Train on the nodes of a hostfile.", allow_abbrev=False)
     parser.add_argument("hostfile", metavar="HOSTFILE", type=Path)
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("deepspeed_config", metavar="DEEPSPEED.json")
-    parser.add_argument("others", nargs=argparse.REMAINDER, metavar="a.b=value")
+    add_trainer_arguments(parser)
     args = parser.parse_args()
     arguments = trainer_arguments(args.config, args.deepspeed_config, args.others)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import signal
 from collections.abc import Sequence
@@ -13,6 +14,14 @@ from vqrae_ds.launching.owner import Owner, release, take
 from vqrae_ds.stopping import DONE, PREEMPTED, SIGNALS, STOP
 
 logger = logging.getLogger(__name__)
+
+
+def add_trainer_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a launch script takes for the trainer: both files, and anything behind them."""
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("deepspeed_config", metavar="DEEPSPEED.json")
+    others = parser.add_argument("others", nargs=argparse.REMAINDER, metavar="a.b=value")
+    others.required = False  # Pythons differ: some would name it among what is missing
 
 
 def trainer_arguments(config: str, deepspeed_config: str, others: Sequence[str]) -> list[str]:

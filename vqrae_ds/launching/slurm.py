@@ -18,7 +18,6 @@ DeepSpeed's launcher pass on that of a rank sometimes, or 143, or 0.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import shlex
@@ -35,7 +34,12 @@ from vqrae_ds.launching.doctor import look_before_launch
 from vqrae_ds.launching.hosts import Host, port_of, write_hostfile
 from vqrae_ds.launching.needs import Needs, needs_of
 from vqrae_ds.launching.owner import this_process
-from vqrae_ds.launching.run_folder import RunFolder, check_run, trainer_arguments
+from vqrae_ds.launching.run_folder import (
+    RunFolder,
+    add_trainer_arguments,
+    check_run,
+    trainer_arguments,
+)
 from vqrae_ds.launching.slurm_job import Refused, hosts_of_job, job_id, requeue, state_of
 from vqrae_ds.stopping import DONE, PREEMPTED, PREEMPTED_STATUS, SIGNALS
 
@@ -49,9 +53,7 @@ def main() -> None:
     """Run the job of this allocation to its end."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     parser = OneLineParser(description="Train in this allocation of SLURM.", allow_abbrev=False)
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("deepspeed_config", metavar="DEEPSPEED.json")
-    parser.add_argument("others", nargs=argparse.REMAINDER, metavar="a.b=value")
+    add_trainer_arguments(parser)
     args = parser.parse_args()
     arguments = trainer_arguments(args.config, args.deepspeed_config, args.others)
 

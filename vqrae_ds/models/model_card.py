@@ -1,7 +1,7 @@
 """The README.md of a folder of weights: what the model is and how to use it.
 
-What no program can know is left to be filled in: its name, its data, its licence. So a card that is
-there is never written over, and no checksum covers it.
+What no program can know is left to be filled in: its name, its data, the encoder that it began
+with, its licence. So a card that is there is never written over, and no checksum covers it.
 """
 
 from __future__ import annotations
@@ -58,6 +58,12 @@ the training are taken, with position embeddings interpolated.
 ## Training data
 
 {TO_FILL_IN}: the images, their number and source, and what was left out.
+
+## Encoder
+
+{TO_FILL_IN}: the published weights that the training began with. Where it began without any
+(`init.allow_untrained_encoder`), say that the encoder was UNTRAINED: its features then mean nothing
+to a language model.
 
 ## Licence
 

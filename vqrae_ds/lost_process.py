@@ -1,0 +1,56 @@
+"""What a rank says when a process that it needs is gone: a peer, or one that reads its data.
+
+Whoever killed it, PyTorch raises a `RuntimeError` in the rank, wherever that is at the moment, and
+only its text tells the case from others. Of the transports of a process group gloo's is known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+
+from vqrae_ds.command_line import exit_with
+
+logger = logging.getLogger(__name__)
+
+# [gloo/transport/tcp/pair.cc:545] Read error [ADDRESS]:PORT: Connection reset by peer. Advice ...
+_PEER = re.compile(r"\[\S*gloo/transport/\S+\] (.*?(?:(?:reset|closed) by peer|Broken pipe))")
+_WORKER = "DataLoader worker (pid"
+
+
+class ProcessLost(RuntimeError):
+    """A process that this rank needs has ended before its time; the message names the rank."""
+
+
+@contextlib.contextmanager
+def ending_when_one_is_lost(rank: int) -> Iterator[None]:
+    """Inside, the loss of a process ends this one with a line and exit status 1.
+
+    VQRAE_LOG_LEVEL=DEBUG shows where the rank was. All other errors pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = _loss_in(error, rank)
+        if lost is None:
+            raise
+        logger.debug("the loss was found here", exc_info=True)
+        exit_with(lost, status=1)
+
+
+def _loss_in(error: RuntimeError, rank: int) -> ProcessLost | None:
+    text = " ".join(str(error).split())
+    if text.startswith(_WORKER):
+        return ProcessLost(
+            f"rank {rank}: a process that reads data has died: {text.removesuffix('.')}. Where it "
+            "was killed for want of memory, lower data.num_workers, data.prefetch_batches or "
+            "data.max_image_pixels"
+        )
+    if peer := _PEER.match(text):
+        return ProcessLost(
+            f"rank {rank}: a peer is gone: {peer[1]}. If it says nothing itself it was killed; "
+            "dmesg on its machine shows whether for want of memory"
+        )
+    return None
