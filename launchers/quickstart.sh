@@ -4,6 +4,7 @@
 #   bash launchers/quickstart.sh
 # Interrupted and run again, it goes on from its last checkpoint (every 200 steps); once finished, it
 # trains no more but converts and reports anew, in half a minute.
+# Ctrl-C or TERM: the ranks save, and it waits for them.
 # To start over: rm -r runs/quickstart
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,14 +27,30 @@ echo "== $ranks ranks on ${gpus/#0/no} GPU(s)"
 echo "== note: the tiny encoder is UNTRAINED. This shows the whole system at work, not its quality:"
 echo "==       features of a random encoder mean nothing to a language model."
 
-train() {  # train CONFIG JSON [a.b=value ...]
-    local config=$1 json=$2 port
-    shift 2
+train() {  # train RUN CONFIG JSON [a.b=value ...]
+    local run=$1 config=$2 json=$3 port launcher
+    shift 3
     port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     "$python" -m deepspeed.launcher.runner --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "$port" \
         --log_level error --module vqrae_ds.train --config "$config" --deepspeed_config "$json" \
-        data.train="$OUT/data/train" data.validation="$OUT/data/val" \
-        losses.perceptual.weights="$LPIPS" "$@"
+        run.output_dir="$run" data.train="$OUT/data/train" data.validation="$OUT/data/val" \
+        losses.perceptual.weights="$LPIPS" "$@" &
+    launcher=$!                                 # in the background Ctrl-C does not end it before its ranks
+    trap 'stop_training "$run" "$launcher" 130' INT
+    trap 'stop_training "$run" "$launcher" 143' TERM HUP
+    wait "$launcher"
+    trap - INT TERM HUP
+}
+
+stop_training() {  # stop_training RUN LAUNCHER STATUS: the ranks save first
+    trap '' INT TERM HUP
+    echo "== stopping: the ranks save"
+    mkdir -p "$1"
+    touch "$1/STOP"                             # for a rank that a signal has not reached, or not yet
+    wait "$2" || true
+    rm -f "$1/STOP"                             # where no rank was left to read it
+    echo "== stopped; the same command goes on"
+    exit "$3"
 }
 
 convert() {  # convert RUN FOLDER stage2|inference
@@ -49,13 +66,12 @@ for split in train val; do
 done
 
 echo "== stage 1: frozen encoder; codebook projection and decoder learn"
-train ds_configs/tiny/stage1.yaml ds_configs/stage1_cpu.json run.output_dir="$OUT/stage1"
+train "$OUT/stage1" ds_configs/tiny/stage1.yaml ds_configs/stage1_cpu.json
 echo "== stage 1 -> weights that stage 2 starts from"
 convert "$OUT/stage1" "$OUT/stage1_weights" stage2
 
 echo "== stage 2: the encoder learns too, held by its frozen first self"
-train ds_configs/tiny/stage2.yaml ds_configs/stage2_cpu.json run.output_dir="$OUT/stage2" \
-    init.model="$OUT/stage1_weights"
+train "$OUT/stage2" ds_configs/tiny/stage2.yaml ds_configs/stage2_cpu.json init.model="$OUT/stage1_weights"
 echo "== stage 2 -> inference weights"
 convert "$OUT/stage2" "$OUT/inference" inference
 
