@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
 from collections.abc import Iterator
 
 from vqrae_ds.command_line import exit_with
@@ -20,37 +21,39 @@ _PEER = re.compile(r"\[\S*gloo/transport/\S+\] (.*?(?:(?:reset|closed) by peer|B
 _WORKER = "DataLoader worker (pid"
 
 
-class ProcessLost(RuntimeError):
-    """A process that this rank needs has ended before its time; the message names the rank."""
+class WorkerLost(RuntimeError):
+    """A process that reads data has ended before its time; the message names the rank."""
 
 
 @contextlib.contextmanager
 def ending_when_one_is_lost(rank: int) -> Iterator[None]:
     """Inside, the loss of a process ends this one with a line and exit status 1.
 
-    VQRAE_LOG_LEVEL=DEBUG shows where the rank was. All other errors pass.
+    Where it is a peer, that is an entry of the log: the line with `error: ` is the peer's, if it
+    could still say one. VQRAE_LOG_LEVEL=DEBUG shows where the rank was. All other errors pass.
     """
     try:
         yield
     except RuntimeError as error:
-        lost = _loss_in(error, rank)
-        if lost is None:
+        text = " ".join(str(error).split())
+        peer, is_worker = _PEER.match(text), text.startswith(_WORKER)
+        if not (peer or is_worker):
             raise
         logger.debug("the loss was found here", exc_info=True)
-        exit_with(lost, status=1)
+        if is_worker:
+            exit_with(_worker_lost(rank, text), status=1)
+        logger.error(
+            "rank %d: a peer is gone: %s. If it says nothing itself it was killed; dmesg on its "
+            "machine shows whether for want of memory",
+            rank,
+            peer[1],
+        )
+        sys.exit(1)
 
 
-def _loss_in(error: RuntimeError, rank: int) -> ProcessLost | None:
-    text = " ".join(str(error).split())
-    if text.startswith(_WORKER):
-        return ProcessLost(
-            f"rank {rank}: a process that reads data has died: {text.removesuffix('.')}. Where it "
-            "was killed for want of memory, lower data.num_workers, data.prefetch_batches or "
-            "data.max_image_pixels"
-        )
-    if peer := _PEER.match(text):
-        return ProcessLost(
-            f"rank {rank}: a peer is gone: {peer[1]}. If it says nothing itself it was killed; "
-            "dmesg on its machine shows whether for want of memory"
-        )
-    return None
+def _worker_lost(rank: int, text: str) -> WorkerLost:
+    return WorkerLost(
+        f"rank {rank}: a process that reads data has died: {text.removesuffix('.')}. Where it was "
+        "killed for want of memory, lower data.num_workers, data.prefetch_batches or "
+        "data.max_image_pixels"
+    )
