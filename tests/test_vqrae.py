@@ -136,12 +136,21 @@ class TestWaysThrough:
         [
             (torch.full((1, 2, 2), NUM_CODES), f"index {NUM_CODES} "),
             (torch.full((1, 2, 2), -1), "index -1 "),
-            (torch.zeros(2, 4, dtype=torch.int64), r"\(2, 4\)"),
+            (torch.zeros(2, 4, dtype=torch.int64), r"\(2, 4\), .* indices.view\(-1, h, w\)"),
         ],
     )
     def test_indices_that_mean_nothing_are_refused(self, indices: Tensor, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             build_model().decode_from_indices(indices)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_a_decoder_that_gives_no_numbers_is_refused(self, value: float) -> None:
+        model = build_model()
+        with torch.no_grad():
+            model.decoder.head.bias[0] = value
+        indices = torch.zeros(1, 2, 2, dtype=torch.int64)
+        with pytest.raises(ValueError, match="4 of .* values of the decoder's output are not fin"):
+            model.decode_from_indices(indices)
 
 
 class TestConstruction:

@@ -32,6 +32,7 @@ from vqrae_ds.models.activation_checkpointing import Checkpointing
 from vqrae_ds.models.decoder import WHOLE, Decoder, Layers, unpatchify
 from vqrae_ds.models.ema_codebook import EMACodebook
 from vqrae_ds.models.encoders import build_encoder, check_images
+from vqrae_ds.models.finite import check_finite
 from vqrae_ds.models.model_card import write_model_card
 from vqrae_ds.models.quantizer import Quantizer
 from vqrae_ds.models.simvq import Codebook, FrozenCodebook, SimVQ
@@ -140,13 +141,8 @@ class VQRAE(nn.Module):
         self.in_proj = nn.Linear(width, dim) if config.use_projections else nn.Identity()
         self.quantizer = _quantizer(config, search, codebook)
         self.out_proj = nn.Linear(dim, decoder_width) if config.use_projections else nn.Identity()
-        self.decoder = Decoder(
-            config.decoder,
-            config.grid_side,
-            config.output_patch_size,
-            decoder_checkpointing,
-            layers,
-        )
+        patches = config.grid_side, config.output_patch_size
+        self.decoder = Decoder(config.decoder, *patches, decoder_checkpointing, layers)
 
     def forward(self, images_B3HW: Tensor) -> VQRAEOutput:
         """Encode, quantise, decode. Raises `ValueError` as `encode` does."""
@@ -181,13 +177,17 @@ class VQRAE(nn.Module):
     def decode_from_indices(self, indices_Bhw: Tensor) -> Tensor:
         """Codes (B, h, w) of any grid -> images (B, 3, h*q, w*q) in [0, 1], fp32.
 
-        Raises `ValueError` for another shape and for an index outside [0, num_embeddings).
+        Raises `ValueError` for another shape, for an index outside [0, num_embeddings), and where
+        the decoder's output is not finite.
         """
         if indices_Bhw.ndim != 3:
-            raise ValueError(f"indices have shape {tuple(indices_Bhw.shape)}, not (B, h, w)")
+            way_out = "codes in a row get their grid by indices.view(-1, h, w)"
+            shape = tuple(indices_Bhw.shape)
+            raise ValueError(f"indices have shape {shape}, not (B, h, w): {way_out}")
         z_q_BNE = self.quantizer.get_codebook_entry(indices_Bhw.flatten(1))
         z_q_BNE = z_q_BNE.to(self.decoder.head.weight.dtype)  # moving averages are fp32 always
         patches_BhwP, _ = self.decoder(self.out_proj(z_q_BNE), *indices_Bhw.shape[1:])
+        check_finite(patches_BhwP, "the decoder's output")
         return to_images(patches_BhwP)
 
     def resize_for_encoder(self, images_B3HW: Tensor) -> Tensor:
