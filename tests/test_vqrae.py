@@ -127,6 +127,16 @@ class TestWaysThrough:
         assert (model(random_images()).indices_Bhw == 5).all()
 
     @pytest.mark.parametrize("method", ["forward", "encode", "encode_to_indices"])
+    def test_values_of_another_range_are_refused_but_in_training(self, method: str) -> None:
+        model, images = build_model().eval(), random_images()
+        getattr(model, method)(images * 1.5 - 0.25)
+        for wrong in (images * 255, images * 2 - 1):
+            with pytest.raises(ValueError, match="images have values from .* floats in .0, 1."):
+                getattr(model, method)(wrong)
+            getattr(model.train(), method)(wrong)
+            model.eval()
+
+    @pytest.mark.parametrize("method", ["forward", "encode", "encode_to_indices"])
     def test_sizes_that_are_no_multiple_of_the_patch_are_refused(self, method: str) -> None:
         with pytest.raises(ValueError, match="33 x 32 pixels"):
             getattr(build_model(), method)(random_images(33, 32))

@@ -31,7 +31,7 @@ from vqrae_ds.config.files import read_json
 from vqrae_ds.models.activation_checkpointing import Checkpointing
 from vqrae_ds.models.decoder import WHOLE, Decoder, Layers, unpatchify
 from vqrae_ds.models.ema_codebook import EMACodebook
-from vqrae_ds.models.encoders import build_encoder, check_images
+from vqrae_ds.models.encoders import build_encoder, check_images, check_range
 from vqrae_ds.models.finite import check_finite
 from vqrae_ds.models.model_card import write_model_card
 from vqrae_ds.models.quantizer import Quantizer
@@ -130,8 +130,7 @@ class VQRAE(nn.Module):
         self.freeze_encoder = freeze_encoder
         self.encoder = build_encoder(config, attention)
         if encoder_folder is not None and weight_files(encoder_folder):
-            weights = WeightFolder(encoder_folder)
-            copy_weights(self.encoder.model, weights, self.encoder.leaves_out)
+            copy_weights(self.encoder.model, WeightFolder(encoder_folder), self.encoder.leaves_out)
         self.encoder.requires_grad_(not freeze_encoder)
         if not freeze_encoder:
             self.encoder.set_checkpointing(encoder_checkpointing)
@@ -159,8 +158,11 @@ class VQRAE(nn.Module):
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Continuous features (B, h*w, D), never quantised, of floats in [0, 1].
 
-        Raises `ValueError` where a side is no multiple of q, or for another shape.
+        Raises `ValueError` where a side is no multiple of q, or for another shape; in evaluation
+        mode also for values far from [0, 1], 0..255 for example.
         """
+        if not self.training:  # the check waits for the device, which no training step does
+            check_range(images_B3HW)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             return self.encoder(self.resize_for_encoder(images_B3HW))
 
@@ -200,8 +202,7 @@ class VQRAE(nn.Module):
         if p == q:
             return images_B3HW
         check_images(images_B3HW, q)
-        H, W = images_B3HW.shape[2:]
-        size = (H // q * p, W // q * p)
+        size = [side // q * p for side in images_B3HW.shape[2:]]
         return F.interpolate(images_B3HW.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def get_codebook_usage(self) -> float:
