@@ -55,6 +55,7 @@ def write_files(folder: Path, *changes: str) -> tuple[Path, Path]:
     """
     for name in ("data", "encoder"):
         (folder / name).mkdir(exist_ok=True)
+    (folder / "data" / "index.json").touch()  # a dry run does not look into it
     settings = {
         "stage": 1,
         "run": {"output_dir": str(folder / "out"), "total_steps": 100},

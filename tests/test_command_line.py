@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from tests.conftest import run_python
+from tests.conftest import ROOT, run_python
 
 SCRIPT = """
 import signal
@@ -22,6 +26,7 @@ SWALLOWED = """
     except KeyboardInterrupt:
         raise ValueError("cannot be read: KeyboardInterrupt")
 """
+BROKEN_PIPE = "raise BrokenPipeError(32, 'Broken pipe')"
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,53 @@ SWALLOWED = """
 def test_how_a_tool_ends(body: str, status: int, said: str) -> None:
     done = run_python("-c", SCRIPT.format(body=body))
     assert (done.returncode, done.stderr) == (status, said)
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "not buffered"])
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ("print('short')", 141, ""),
+        ("print('long' * 100_000)", 141, ""),
+        ("print('short', flush=True); raise SystemExit(1)", 141, ""),
+        ("raise SystemExit(1)", 1, ""),
+        ("raise ValueError('3 is no size')", 2, "error: 3 is no size\n"),
+        (BROKEN_PIPE, 141, ""),
+    ],
+    ids=["short", "long", "then status 1", "status 1", "mistake", "any pipe"],
+)
+def test_a_reader_that_has_gone_is_no_error(
+    options: list[str], body: str, status: int, said: str
+) -> None:
+    assert ended_without_reader(*options, "-c", SCRIPT.format(body=body)) == (status, said)
+
+
+def test_what_is_left_to_be_written_at_the_end_is_no_error_either() -> None:
+    body = "print('short'); raise SystemExit(1)"
+    assert ended_without_reader("-c", SCRIPT.format(body=body)) == (1, "")
+    said = ended_without_reader("tools/make_shards.py", "--help")
+    assert said == (0, ""), "argparse ends with its own status"
+
+
+def test_a_broken_pipe_of_our_own_is_said() -> None:
+    done = run_python("-c", SCRIPT.format(body=BROKEN_PIPE))
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 32] Broken pipe\n")
+
+
+def ended_without_reader(*arguments: str) -> tuple[int, str]:
+    """Exit status and stderr of a Python whose stdout nobody reads, as behind `| head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    return done.returncode, done.stderr
 
 
 def test_what_is_nobodys_mistake_has_its_traceback() -> None:

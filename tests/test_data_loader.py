@@ -1,13 +1,18 @@
-"""The processes that read ahead end with the one that they read for, however that ends."""
+"""The processes that read ahead: they end with the one that they read for, however that ends."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from tests.conftest import ROOT
+from vqrae_ds.data.loader import Item, load
 
 # The reference in the module outlives the loop, as a traceback's would.
 SCRIPT = """
@@ -44,3 +49,18 @@ def test_a_process_ends_with_its_workers(end: str, status: int) -> None:
     )
     assert done.returncode == status, done.stderr.decode()
     assert b"is killed by signal" not in done.stderr, "their end is meant"
+
+
+class Images(Dataset):
+    def __getitem__(self, number: int) -> Item:
+        return Item(torch.zeros(3, 4, 4), str(number))
+
+
+def test_more_workers_than_cores_are_no_warning() -> None:
+    workers = len(os.sched_getaffinity(0)) + 1
+    with pytest.warns(UserWarning, match="This DataLoader will create"):
+        DataLoader(Images(), num_workers=workers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches = load(Images(), [range(2)], workers, 2)
+    assert [batch.keys for batch in batches] == [["0", "1"]]

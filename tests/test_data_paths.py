@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.config_files import dry_run, refusal, write_files
 from tests.test_data_indexing import make_shards
 from tests.tiny import make_run, save_initial
 from vqrae_ds.config import DataConfig, read_run
@@ -23,6 +24,21 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, number in (("a", 4), ("b", 3), ("c", 2)):
         index_shards(make_shards(tmp_path / name, number))
     return tmp_path
+
+
+def test_a_dry_run_finds_that_a_folder_has_no_index(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    validation = f"data.validation={tmp_path / 'photos'}"
+    write_files(tmp_path, validation)
+    line = refusal(tmp_path)
+    assert line.startswith(f"data.validation: {tmp_path / 'photos'} has no index.json")
+    assert line.endswith("by `python tools/make_shards.py IMAGES OUT`")
+    with pytest.raises(ValueError, match="no .tar file lies there; a folder of images becomes"):
+        index_shards(tmp_path / "photos")
+    streamed = "data.train=https://example.org/{0..3}.tar"
+    write_files(tmp_path, "data.streaming={}", streamed)
+    done = dry_run(tmp_path)
+    assert done.status == 0, done.errors
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,14 @@ def test_faults_are_named_below_the_table(run_files: Path) -> None:
     )
 
 
+def test_a_folder_of_images_has_its_way_out(run_files: Path) -> None:
+    (run_files / "shards" / "index.json").unlink()
+    done = doctor(run_files, "--local")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"data: {run_files}/shards/index.json is missing: " in done.stdout
+    assert "by `python tools/make_shards.py IMAGES OUT`" in done.stdout
+
+
 def test_the_packages_are_those_that_the_project_requires(run_files: Path) -> None:
     asked = needs_for(run_files, "config.yaml").details(0, 1, "token")["packages"]
     assert {"torch", "deepspeed", "safetensors", "PyYAML", "vector-quantize-pytorch"} < set(asked)

@@ -112,6 +112,9 @@ def test_shards_are_looked_at_by_one_node_or_shared_out(tmp_path: Path) -> None:
     assert found["faults"] == wrong
     assert (found["shards"], found["mine"], found["checked"]) == (3, 3, 3)
 
+    (tmp_path / "photos").mkdir()
+    assert probe.shards(str(tmp_path / "photos"), 0, 1)["faults"] == [["index.json", "is missing"]]
+
     names = [f"{i:05d}.tar" for i in range(probe.MANY_SHARDS + 1)]
     write_index(tmp_path / "many", dict.fromkeys(names, 1))
     shares = [probe.shards(str(tmp_path / "many"), rank, nodes=3) for rank in range(3)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.launching import environment, free_port
 from tests.tars import write_tar
 from tests.tiny import ENCODER, IMAGE_SIZE, NUM_CODES, PATCH_SIZE, build_model
 from vqrae_ds.config import DataConfig
+from vqrae_ds.conversion.record import Record, write_record
 from vqrae_ds.data.decode import load_image
 from vqrae_ds.data.index import read_index
 from vqrae_ds.data.indexing import index_shards
@@ -261,6 +263,13 @@ def test_instruments_that_do_not_fit_are_refused_and_those_left_out_have_a_reaso
     build_model(fields={"feature_layer": 1}).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="its feature_layer is not that of the model"):
         open_instruments(wanted._replace(original=tmp_path / "other"), **opening)
+    shutil.copytree(folder / "stage1", tmp_path / "stage2")
+    record = Record("stage2", "float32", False, 9, 2, {}, None, {})
+    write_record(tmp_path / "stage2", record)
+    with pytest.raises(ValueError, match="--encoder .*stage2 is of stage 2, .*import_encoder.py"):
+        open_instruments(wanted._replace(original=tmp_path / "stage2"), **opening)
+    write_record(tmp_path / "stage2", record._replace(stage=1))
+    open_instruments(wanted._replace(original=tmp_path / "stage2"), **opening)
     for name in ("encoder", "stage1"):
         original = open_instruments(wanted._replace(original=folder / name), **opening)
         expected = build_model(seed=1).encoder.state_dict()

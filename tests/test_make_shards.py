@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
+from PIL import Image
 
 from tests.conftest import run_python
 from vqrae_ds.command_line import run_tool
@@ -145,6 +146,48 @@ def test_an_interrupted_write_leaves_no_index(
         read_index(tmp_path)
 
 
+def test_bad_pictures_are_refused_or_left_out_by_kind(tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in ("one", "two", "three"):
+        Image.new("RGB", (64, 64), "teal").save(images / f"{name}.jpg")
+    for name in ("cut1", "cut2"):
+        (images / f"{name}.jpg").write_bytes((images / "one.jpg").read_bytes()[:-300])
+    (images / "empty.png").touch()
+    (images / "page.webp").write_text("<html>not found</html>")
+    refused = make_shards(images, out)
+    assert refused.returncode == 2 and not out.exists()
+    assert "and 1 more" in refused.stderr and "--skip-bad" in refused.stderr
+
+    made = make_shards(images, out, "--skip-bad")
+    assert (made.returncode, made.stderr) == (0, "")
+    first, *left_out = made.stdout.splitlines()
+    assert first == f"{out}: 3 images in 1 shard"
+    assert list_keys(read_index(out)) == ["one", "three", "two"]
+    starts = [("2 x corrupt", "cut1.jpg"), ("1 x empty", "empty.png")]
+    starts += [("1 x not_an_image", "page.webp")]
+    assert len(left_out) == len(starts)
+    for line, (number, name) in zip(left_out, starts, strict=True):
+        assert line.startswith(f"left out: {number}, the first {images / name}: ")
+
+
+def test_files_of_other_types_are_counted(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(images / "ok.JPG", "JPEG")
+    for name in ("ok.gif", "sub/ok2.HEIC", "sub/ok3.heic", ".DS_Store", "LICENSE", "notes.txt"):
+        (images / name).touch()
+    made = make_shards(images, tmp_path / "out")
+    expected = "passed over: 2 .heic, 1 .DS_Store, 1 .gif, 1 .txt, 1 other"
+    types = "(taken are jpg, jpeg, png, webp)"
+    assert made.stdout == f"{tmp_path / 'out'}: 1 image in 1 shard; {expected} {types}\n"
+    for number in range(9):
+        (images / f"{number}.x{number}").touch()
+    again = make_shards(images, tmp_path / "again")
+    assert ", 1 .txt, 1 .x0, " in again.stdout and again.stdout.count("\n") == 1
+    assert "1 .x3, 6 of other types (taken are" in again.stdout
+
+
 def test_images_to_shards_and_index_again(tmp_path: Path) -> None:
     made = make_shards(PHOTOS, "--samples-per-shard", "20", tmp_path / "new" / "shards")
     assert (made.returncode, made.stderr) == (0, "")
@@ -211,7 +254,8 @@ def test_help_shows_an_example() -> None:
         (["--index-only", "photos", "full"], "--index-only takes OUT alone"),
         (["--verify", "photos", "full"], "--verify takes OUT alone"),
         (["--verify", "full"], "full has no index.json"),
-        (["--verify", "--skip-bad", "full"], "--skip-bad and --part are for --index-only"),
+        (["--verify", "--skip-bad", "full"], "--skip-bad is not for --verify"),
+        (["photos", "out", "--part", "1/2"], "--part is for --index-only"),
         (["photos", "out", "--processes", "2"], "--processes is for --index-only and --verify"),
     ],
 )
@@ -262,7 +306,7 @@ def test_an_image_that_cannot_be_decoded_is_named_and_nothing_is_written(tmp_pat
     (tmp_path / "images" / "text.jpg").write_text("not a picture")
     done = run_python("tools/make_shards.py", str(tmp_path / "images"), str(tmp_path / "out"))
     assert done.returncode == 2
-    assert done.stderr.startswith("error: take out what no training could read: ")
+    assert done.stderr.startswith("error: take out what no training could read, or ")
     assert "text.jpg: cannot decode the image: it is no JPEG, PNG or WebP" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -127,6 +127,16 @@ class TestWaysThrough:
         assert (model(random_images()).indices_Bhw == 5).all()
 
     @pytest.mark.parametrize("method", ["forward", "encode", "encode_to_indices"])
+    def test_values_of_another_range_are_refused_but_in_training(self, method: str) -> None:
+        model, images = build_model().eval(), random_images()
+        getattr(model, method)(images * 1.5 - 0.25)
+        for wrong in (images * 255, images * 2 - 1):
+            with pytest.raises(ValueError, match="images have values from .* floats in .0, 1."):
+                getattr(model, method)(wrong)
+            getattr(model.train(), method)(wrong)
+            model.eval()
+
+    @pytest.mark.parametrize("method", ["forward", "encode", "encode_to_indices"])
     def test_sizes_that_are_no_multiple_of_the_patch_are_refused(self, method: str) -> None:
         with pytest.raises(ValueError, match="33 x 32 pixels"):
             getattr(build_model(), method)(random_images(33, 32))
@@ -136,12 +146,21 @@ class TestWaysThrough:
         [
             (torch.full((1, 2, 2), NUM_CODES), f"index {NUM_CODES} "),
             (torch.full((1, 2, 2), -1), "index -1 "),
-            (torch.zeros(2, 4, dtype=torch.int64), r"\(2, 4\)"),
+            (torch.zeros(2, 4, dtype=torch.int64), r"\(2, 4\), .* indices.view\(-1, h, w\)"),
         ],
     )
     def test_indices_that_mean_nothing_are_refused(self, indices: Tensor, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             build_model().decode_from_indices(indices)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_a_decoder_that_gives_no_numbers_is_refused(self, value: float) -> None:
+        model = build_model()
+        with torch.no_grad():
+            model.decoder.head.bias[0] = value
+        indices = torch.zeros(1, 2, 2, dtype=torch.int64)
+        with pytest.raises(ValueError, match="4 of .* values of the decoder's output are not fin"):
+            model.decode_from_indices(indices)
 
 
 class TestConstruction:

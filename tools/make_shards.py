@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.data.decode import broken_images
+from vqrae_ds.data.faults import BadSample
+from vqrae_ds.data.index import ShardIndex
 from vqrae_ds.data.indexing import Part, index_shards, left_out
-from vqrae_ds.data.shard_writing import find_images, write_shards
+from vqrae_ds.data.sample_table import IMAGE_EXTENSIONS
+from vqrae_ds.data.shard_writing import find_images, passed_over, write_shards
 from vqrae_ds.data.verifying import verify_shards
 
 USAGE = """\
-make_shards.py IMAGES OUT [--samples-per-shard N]
+make_shards.py IMAGES OUT [--samples-per-shard N] [--skip-bad]
        make_shards.py --index-only OUT [--processes N] [--skip-bad] [--part K/N]
        make_shards.py --verify OUT [--processes N]"""
 EXAMPLES = """\
 examples:
   python tools/make_shards.py photos/train data/train --samples-per-shard 5000
+  python tools/make_shards.py photos/web data/web --skip-bad
   python tools/make_shards.py --index-only data/datacomp_00 --processes 32 --skip-bad
   python tools/make_shards.py --index-only data/datacomp_01 --part 3/8   # the third of 8 machines
   python tools/make_shards.py --index-only data/datacomp_01              # then once: merges
@@ -32,6 +38,7 @@ takes. A training compares no checksum, only sizes and times: --verify reads all
 
 exit status: 0 done, 1 a shard is not what was indexed, or the machine failed, 2 a mistake
 """
+_NAMED_TYPES = 8
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,7 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help="with --index-only: leave out what is no image, twice there, cut or damaged, count it",
+        help="leave out pictures that cannot be decoded; with --index-only what is no image, twice "
+        "there, cut or damaged; count them by kind",
     )
     parser.add_argument(
         "--part",
@@ -94,8 +102,10 @@ def main() -> None:
     if (arguments.index_only or arguments.verify) and arguments.images is not None:
         option = "--index-only" if arguments.index_only else "--verify"
         raise ValueError(f"{option} takes OUT alone, not {arguments.images} as well")
-    if (arguments.skip_bad or arguments.part) and not arguments.index_only:
-        raise ValueError("--skip-bad and --part are for --index-only")
+    if arguments.part and not arguments.index_only:
+        raise ValueError("--part is for --index-only")
+    if arguments.skip_bad and arguments.verify:
+        raise ValueError("--skip-bad is not for --verify, which leaves nothing out")
     if arguments.verify:
         verify(arguments.output, arguments.processes)
         return
@@ -110,26 +120,62 @@ def main() -> None:
         if index is None:
             print(f"{arguments.output}: the part is read; --index-only without --part merges")
             return
-    else:
-        if arguments.processes != 1:
-            raise ValueError("--processes is for --index-only and --verify")
-        if arguments.images is None:
-            raise ValueError(f"only one folder ({arguments.output}) is named: give IMAGES and OUT")
-        images = find_images(arguments.images)
-        if broken := broken_images(images):
-            more = f" | and {len(broken) - 3} more" if len(broken) > 3 else ""
-            raise ValueError(
-                f"take out what no training could read: {' | '.join(broken[:3])}{more}"
-            )
-        index = write_shards(
-            images,
-            arguments.output,
-            samples_per_shard=arguments.samples_per_shard,
-            root=arguments.images,
+        print(f"{arguments.output}: {_extent(index)}")
+        for kind, number in sorted(left_out(index.shards).items()):
+            print(f"left out: {number} x {kind}")
+        return
+    if arguments.processes != 1:
+        raise ValueError("--processes is for --index-only and --verify")
+    if arguments.images is None:
+        raise ValueError(f"only one folder ({arguments.output}) is named: give IMAGES and OUT")
+    make(arguments.images, arguments.output, arguments.samples_per_shard, arguments.skip_bad)
+
+
+def make(folder: Path, output: Path, samples_per_shard: int, skip_bad: bool) -> None:
+    """Write the shards, and say what they have and what they have not.
+
+    Raises `ValueError` where a picture cannot be decoded, unless `skip_bad`.
+    """
+    images = find_images(folder)
+    broken = broken_images(images)
+    faults = list(broken.values())
+    if faults and not skip_bad:
+        more = f" | and {len(faults) - 3} more" if len(faults) > 3 else ""
+        named = " | ".join(map(str, faults[:3]))
+        raise ValueError(
+            f"take out what no training could read, or leave it out by --skip-bad: {named}{more}"
         )
-    print(f"{arguments.output}: {index.num_samples} images in {len(index.shards)} shards")
-    for kind, number in sorted(left_out(index.shards).items()):
-        print(f"left out: {number} x {kind}")
+    sound = [path for path in images if path not in broken]
+    index = write_shards(sound, output, samples_per_shard=samples_per_shard, root=folder)
+    print(f"{output}: {_extent(index)}{_other_types(passed_over(folder))}")
+    for line in _by_kind(faults):
+        print(f"left out: {line}")
+
+
+def _extent(index: ShardIndex) -> str:
+    num_images, num_shards = index.num_samples, len(index.shards)
+    images = "image" if num_images == 1 else "images"
+    return f"{num_images} {images} in {num_shards} {'shard' if num_shards == 1 else 'shards'}"
+
+
+def _other_types(found: Counter[str]) -> str:
+    """What to say of files that are not taken for images; of many types, those of most files."""
+    if not found:
+        return ""
+    ordered = sorted(found.items(), key=lambda entry: (-entry[1], entry[0]))
+    named = [f"{number} {extension}" for extension, number in ordered[:_NAMED_TYPES]]
+    if rest := sum(number for _, number in ordered[_NAMED_TYPES:]):
+        named.append(f"{rest} of other types")
+    return f"; passed over: {', '.join(named)} (taken are {', '.join(IMAGE_EXTENSIONS)})"
+
+
+def _by_kind(faults: Sequence[BadSample]) -> list[str]:
+    """A line for each kind of fault: how many there are, and the first."""
+    first: dict[str, BadSample] = {}
+    for fault in faults:
+        first.setdefault(fault.kind, fault)
+    number = Counter(fault.kind for fault in faults)
+    return [f"{number[kind]} x {kind}, the first {first[kind]}" for kind in sorted(first)]
 
 
 def verify(folder: Path, processes: int) -> None:

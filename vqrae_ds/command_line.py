@@ -1,7 +1,8 @@
 """Command lines: a user's mistake is one line on stderr and exit status 2.
 
 Exit status 1 is a failure of the machine, a full disk for example; 130 and 143 are Ctrl-C and the
-polite kill, both after what was open has been cleaned up.
+polite kill, both after what was open has been cleaned up. 141 is an end without a word, where
+nobody reads what is printed any more: `head` had enough.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import traceback
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+_STDOUT = 1
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
 
 
@@ -41,18 +44,31 @@ def run_tool(main: Callable[[], None]) -> None:
     before = signal.signal(signal.SIGTERM, _unwind), signal.signal(signal.SIGINT, note)
     try:
         main()
+        if sys.stdout is not None:  # it was closed from the beginning
+            sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         # A library may make an error of its own of the interruption: safetensors does.
         if signals or isinstance(error, KeyboardInterrupt):
             exit_with(InterruptedError("interrupted"), status=128 + signal.SIGINT)
         if isinstance(error, USER_ERRORS):
             exit_with(error)
+        if isinstance(error, BrokenPipeError) and _is_reader_gone():  # not a pipe of our own
+            sys.exit(128 + signal.SIGPIPE)
         if isinstance(error, OSError):
             exit_with(error, status=1)
         raise
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
             signal.signal(number, handler)
+        if _is_reader_gone():  # Python would complain as it writes the rest at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+
+
+def _is_reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def end_process_after(main: Callable[[], None]) -> NoReturn:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vqrae_ds.config.schema import DataConfig
 
 LIST_SUFFIX = ".txt"
+FROM_IMAGES = "a folder of images becomes shards by `python tools/make_shards.py IMAGES OUT`"
 
 
 def expand_paths(setting: str, entries: str | Sequence[str]) -> list[str]:

@@ -130,14 +130,14 @@ def as_bytes(images: torch.Tensor) -> torch.Tensor:
     return (images * 255).round().to(torch.uint8)
 
 
-def broken_images(paths: Iterable[Path]) -> list[str]:
-    """A line for each file that cannot be decoded: a bad one would end a training."""
-    broken = []
+def broken_images(paths: Iterable[Path]) -> dict[Path, BadSample]:
+    """The files that cannot be decoded, each with its fault: a bad one would end a training."""
+    broken = {}
     for path in paths:
         try:
-            decode_image(path.read_bytes())
+            open_image(path)
         except BadSample as error:
-            broken.append(f"{path}: {error}")
+            broken[path] = error
     return broken
 
 

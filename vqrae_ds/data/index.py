@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from vqrae_ds.config.data_paths import FROM_IMAGES
 from vqrae_ds.data.faults import MISSING_SHARD, RESIZED_SHARD, UNREADABLE, BadSample
 from vqrae_ds.data.sample_table import (
     IMAGE_EXTENSIONS,
@@ -164,7 +165,7 @@ def missing_index(folder: Path) -> str | None:
     """What to say where a folder has no index."""
     if (folder / INDEX_NAME).is_file():
         return None
-    return f"{folder} has no {INDEX_NAME}: if shards lie there, {_rebuild(folder)}"
+    return f"{folder} has no {INDEX_NAME}: if shards lie there, {_rebuild(folder)}; {FROM_IMAGES}"
 
 
 def shard_faults(shards: Sequence[Shard]) -> Iterator[ShardFault]:

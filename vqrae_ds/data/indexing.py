@@ -22,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 import xxhash
 from tqdm import tqdm
 
+from vqrae_ds.config.data_paths import FROM_IMAGES
 from vqrae_ds.data.faults import MISSING_SHARD, UNREADABLE
 from vqrae_ds.data.index import (
     FORMAT_VERSION,
@@ -76,7 +77,8 @@ def index_shards(
         known = _read_journals(folder, every)
         missing = [path for path in mine if not _is_kept(known.get(path.name), skip_bad)]
         if not missing and not every:
-            raise ValueError(f"{folder} has no shard with images: no .tar file lies there")
+            missing_shards = f"{folder} has no shard with images: no .tar file lies there"
+            raise ValueError(f"{missing_shards}; {FROM_IMAGES}")
         progress = tqdm(total=len(mine), unit="shard", disable=None if show_progress else True)
         with progress:
             progress.update(len(mine) - len(missing))

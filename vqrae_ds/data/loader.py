@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Iterable, Iterator
 from multiprocessing import util
 from typing import Any, NamedTuple
@@ -57,18 +58,21 @@ def read_ahead(
         "prefetch_factor": prefetch_batches,
         "worker_init_fn": _leave_stopping_to_the_rank,
     }
-    loader = DataLoader(
-        samples,
-        **how,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        # A loader draws a number as it starts; a resumed run must not take it from the model's RNG.
-        generator=torch.Generator(),
-        **(in_processes if num_workers else {}),
-    )
-    if num_workers:
-        util.Finalize(None, _end_workers, exitpriority=0)
-    return iter(loader)
+    with warnings.catch_warnings():
+        # More workers than cores is for the user to choose; every rank would say the same.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = DataLoader(
+            samples,
+            **how,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            # A loader draws a number as it starts; a resumed run must not take it from the model's.
+            generator=torch.Generator(),
+            **(in_processes if num_workers else {}),
+        )
+        if num_workers:
+            util.Finalize(None, _end_workers, exitpriority=0)
+        return iter(loader)
 
 
 def _leave_stopping_to_the_rank(_: int) -> None:

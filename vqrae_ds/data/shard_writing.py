@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,20 @@ def find_images(folder: Path) -> list[Path]:
     if not images:
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
     return sorted(images)
+
+
+def passed_over(folder: Path) -> Counter[str]:
+    """How many files below `folder` have no extension of an image, by extension.
+
+    A hidden file without one goes by its name, `.DS_Store` for example, any other is `other`.
+    """
+    taken = {f".{extension}" for extension in IMAGE_EXTENSIONS}
+    found: Counter[str] = Counter()
+    for path in Path(folder).rglob("*"):
+        if path.suffix.lower() not in taken and path.is_file():
+            hidden = path.name if path.name.startswith(".") else "other"
+            found[path.suffix.lower() or hidden] += 1
+    return found
 
 
 def write_shards(

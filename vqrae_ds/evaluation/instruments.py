@@ -9,6 +9,7 @@ import torch
 
 from vqrae_ds.config import ModelConfig, check_image_size
 from vqrae_ds.config.files import read_json
+from vqrae_ds.conversion.record import RECORD_NAME, read_record
 from vqrae_ds.evaluation.inception import Inception
 from vqrae_ds.evaluation.measuring import Instruments
 from vqrae_ds.evaluation.metrics import SSIM_WINDOW
@@ -85,7 +86,7 @@ def load_encoder(folder: Path, config: ModelConfig) -> Encoder:
 
     `folder` is one of tools/import_encoder.py, or the model's own before its encoder was trained,
     as tools/convert_checkpoint.py --to stage2 writes it. Raises `ValueError` where the weights are
-    missing or are those of another network.
+    missing or are those of another network, and where the folder is of a run of stage 2.
     """
     with torch.device("meta"):  # no value is drawn only to be overwritten
         encoder = build_encoder(config)
@@ -94,6 +95,7 @@ def load_encoder(folder: Path, config: ModelConfig) -> Encoder:
         copy_weights(encoder.model, WeightFolder(folder), encoder.leaves_out)
     else:
         _check_same_network(folder, config)
+        _check_untrained(folder)
         whole = torch.nn.ModuleDict({"encoder": encoder})  # for the names that it has in a model
         copy_weights(whole, WeightFolder(folder), lambda name: not name.startswith("encoder."))
     return encoder.eval().requires_grad_(False)
@@ -104,6 +106,15 @@ def _check_same_network(folder: Path, config: ModelConfig) -> None:
     for name in ("encoder_cls", "encoder_config", "feature_layer"):
         if getattr(other, name) != getattr(config, name):
             raise ValueError(f"--encoder {folder}: its {name} is not that of the model")
+
+
+def _check_untrained(folder: Path) -> None:
+    """A folder without a record is `VQRAE.save_pretrained`'s, and does not say."""
+    if (folder / RECORD_NAME).is_file() and read_record(folder).stage == 2:
+        raise ValueError(
+            f"--encoder {folder} is of stage 2, which trains the encoder: name the folder that its "
+            "run began with, or the encoder's own of tools/import_encoder.py"
+        )
 
 
 def _missing_lpips(weights: Path | None) -> str | None:

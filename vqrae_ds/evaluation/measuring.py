@@ -20,6 +20,7 @@ from vqrae_ds.data.stream import EvaluationBatch
 from vqrae_ds.evaluation.metrics import image_figures
 from vqrae_ds.losses.distillation import feature_cosine
 from vqrae_ds.models.encoders import Encoder
+from vqrae_ds.models.finite import check_finite
 from vqrae_ds.models.vqrae import VQRAE
 
 TRAINED, ORIGINAL = "model", "original"  # whose features
@@ -72,7 +73,7 @@ def reconstruct(model: VQRAE, images_B3SS: Tensor) -> Reconstructed:
     """
     output = model(images_B3SS)
     model.quantizer.check_finite(output.z_BNE)
-    _check_finite(output.patches_BhwP, "the decoder's output")
+    check_finite(output.patches_BhwP, "the decoder's output")
     images_hat = as_bytes(output.reconstruction).float() / 255
     return Reconstructed(images_hat, output.features_BND, output.indices_Bhw.flatten(1))
 
@@ -92,7 +93,7 @@ def measure(instruments: Instruments, batch: EvaluationBatch, limit: int) -> Mea
     pooled = {TRAINED: _pooled(found.features_BND)}
     if instruments.original is not None:
         first_BND = instruments.original(model.resize_for_encoder(images))
-        _check_finite(first_BND, "the original encoder's output")
+        check_finite(first_BND, "the original encoder's output")
         figures["cosine"] = feature_cosine(found.features_BND, first_BND)
         difference_BND = found.features_BND.float() - first_BND.float()
         figures["l2"] = difference_BND.square().mean((1, 2))
@@ -103,7 +104,7 @@ def measure(instruments: Instruments, batch: EvaluationBatch, limit: int) -> Mea
         sides = (instruments.inception(side).cpu()[counts_B] for side in (bytes_B, bytes_hat_B))
         inception = InceptionFeatures(*sides)
         for features_nF in inception:
-            _check_finite(features_nF, "Inception's output")
+            check_finite(features_nF, "Inception's output")
     return Measured(
         numbers_n=batch.numbers_B[counts_B],
         figures={name: value_B.double().cpu()[counts_B] for name, value_B in figures.items()},
@@ -112,15 +113,6 @@ def measure(instruments: Instruments, batch: EvaluationBatch, limit: int) -> Mea
         pooled={name: value_BD.cpu()[counts_B] for name, value_BD in pooled.items()},
         inception=inception,
     )
-
-
-def _check_finite(values: Tensor, name: str) -> None:
-    """Raise `ValueError`, for what comes of such values looks sound: black and white pixels."""
-    if count := int((~values.isfinite()).sum()):
-        raise ValueError(
-            f"{count} of {values.numel()} values of {name} are not finite: usually the weights are "
-            "damaged or their training diverged"
-        )
 
 
 def _pooled(features_BND: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vqrae_ds.config.data_paths import FROM_IMAGES
 from vqrae_ds.launching import room
 from vqrae_ds.launching.hosts import Host
 from vqrae_ds.launching.needs import PACKAGE, Needs
@@ -270,7 +271,8 @@ def _shards(folder: str) -> Judge:
         faults = [f"{folder}/{name} {fault}" for name, fault in value["faults"]]
         if faults:
             more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-            return broken(f"{', '.join(faults[:NAMED])}{more}: {rebuild}")
+            way_out = rebuild if value["shards"] else f"{rebuild}; {FROM_IMAGES}"
+            return broken(f"{', '.join(faults[:NAMED])}{more}: {way_out}")
         if value["checked"] < value["mine"]:
             looked = f"{value['checked']} of {value['mine']} shards looked at in {folder}"
             return note("part", f"{looked}: its file system is slow")

@@ -215,6 +215,8 @@ def free_bytes(folder: str) -> int:
 def shards(folder: str, rank: int, nodes: int) -> dict:
     """The shards of a data set, and [name, what is wrong with it] of some."""
     path = os.path.join(folder, "index.json")
+    if fault := _fault_of(path):
+        return {"shards": 0, "mine": 0, "checked": 0, "faults": [["index.json", fault]]}
     if os.stat(path).st_size > LARGEST_INDEX:
         return {"shards": None}
     with open(path) as file:

@@ -32,6 +32,7 @@ from vqrae_ds.config import ModelConfig, choose_encoder, nearest_multiples
 from vqrae_ds.models.activation_checkpointing import Checkpointing, checkpointed
 from vqrae_ds.models.positions import resize_positions
 
+MAX_OVERSHOOT = 0.5  # beyond [0, 1]; an image in [-1, 1] or of ImageNet's statistics goes further
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -193,6 +194,21 @@ class _SiglipEmbeddings(SiglipVisionEmbeddings):
         every_N = torch.arange(self.num_positions, device=embeddings.device)
         positions_1ND = self.position_embedding(every_N)[None]
         return resize_positions(positions_1ND, height // self.patch_size, width // self.patch_size)
+
+
+def check_range(images_B3HW: Tensor) -> None:
+    """Raise `ValueError` for values that are not meant to be in [0, 1]. Reads from the device.
+
+    An image that was resampled may overshoot a little. NaN passes: the codes refuse it.
+    """
+    if images_B3HW.numel() == 0:
+        return
+    low, high = (float(value) for value in torch.aminmax(images_B3HW.detach()))
+    if low < -MAX_OVERSHOOT or high > 1 + MAX_OVERSHOOT:
+        raise ValueError(
+            f"images have values from {low:g} to {high:g}, the encoder takes floats in [0, 1]: "
+            "divide 0..255 by 255, and take a normalization back"
+        )
 
 
 def check_images(images_B3HW: Tensor, patch_size: int) -> None:

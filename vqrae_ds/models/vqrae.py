@@ -31,7 +31,8 @@ from vqrae_ds.config.files import read_json
 from vqrae_ds.models.activation_checkpointing import Checkpointing
 from vqrae_ds.models.decoder import WHOLE, Decoder, Layers, unpatchify
 from vqrae_ds.models.ema_codebook import EMACodebook
-from vqrae_ds.models.encoders import build_encoder, check_images
+from vqrae_ds.models.encoders import build_encoder, check_images, check_range
+from vqrae_ds.models.finite import check_finite
 from vqrae_ds.models.model_card import write_model_card
 from vqrae_ds.models.quantizer import Quantizer
 from vqrae_ds.models.simvq import Codebook, FrozenCodebook, SimVQ
@@ -129,8 +130,7 @@ class VQRAE(nn.Module):
         self.freeze_encoder = freeze_encoder
         self.encoder = build_encoder(config, attention)
         if encoder_folder is not None and weight_files(encoder_folder):
-            weights = WeightFolder(encoder_folder)
-            copy_weights(self.encoder.model, weights, self.encoder.leaves_out)
+            copy_weights(self.encoder.model, WeightFolder(encoder_folder), self.encoder.leaves_out)
         self.encoder.requires_grad_(not freeze_encoder)
         if not freeze_encoder:
             self.encoder.set_checkpointing(encoder_checkpointing)
@@ -140,13 +140,8 @@ class VQRAE(nn.Module):
         self.in_proj = nn.Linear(width, dim) if config.use_projections else nn.Identity()
         self.quantizer = _quantizer(config, search, codebook)
         self.out_proj = nn.Linear(dim, decoder_width) if config.use_projections else nn.Identity()
-        self.decoder = Decoder(
-            config.decoder,
-            config.grid_side,
-            config.output_patch_size,
-            decoder_checkpointing,
-            layers,
-        )
+        patches = config.grid_side, config.output_patch_size
+        self.decoder = Decoder(config.decoder, *patches, decoder_checkpointing, layers)
 
     def forward(self, images_B3HW: Tensor) -> VQRAEOutput:
         """Encode, quantise, decode. Raises `ValueError` as `encode` does."""
@@ -163,8 +158,11 @@ class VQRAE(nn.Module):
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Continuous features (B, h*w, D), never quantised, of floats in [0, 1].
 
-        Raises `ValueError` where a side is no multiple of q, or for another shape.
+        Raises `ValueError` where a side is no multiple of q, or for another shape; in evaluation
+        mode also for values far from [0, 1], 0..255 for example.
         """
+        if not self.training:  # the check waits for the device, which no training step does
+            check_range(images_B3HW)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             return self.encoder(self.resize_for_encoder(images_B3HW))
 
@@ -181,13 +179,17 @@ class VQRAE(nn.Module):
     def decode_from_indices(self, indices_Bhw: Tensor) -> Tensor:
         """Codes (B, h, w) of any grid -> images (B, 3, h*q, w*q) in [0, 1], fp32.
 
-        Raises `ValueError` for another shape and for an index outside [0, num_embeddings).
+        Raises `ValueError` for another shape, for an index outside [0, num_embeddings), and where
+        the decoder's output is not finite.
         """
         if indices_Bhw.ndim != 3:
-            raise ValueError(f"indices have shape {tuple(indices_Bhw.shape)}, not (B, h, w)")
+            way_out = "codes in a row get their grid by indices.view(-1, h, w)"
+            shape = tuple(indices_Bhw.shape)
+            raise ValueError(f"indices have shape {shape}, not (B, h, w): {way_out}")
         z_q_BNE = self.quantizer.get_codebook_entry(indices_Bhw.flatten(1))
         z_q_BNE = z_q_BNE.to(self.decoder.head.weight.dtype)  # moving averages are fp32 always
         patches_BhwP, _ = self.decoder(self.out_proj(z_q_BNE), *indices_Bhw.shape[1:])
+        check_finite(patches_BhwP, "the decoder's output")
         return to_images(patches_BhwP)
 
     def resize_for_encoder(self, images_B3HW: Tensor) -> Tensor:
@@ -200,8 +202,7 @@ class VQRAE(nn.Module):
         if p == q:
             return images_B3HW
         check_images(images_B3HW, q)
-        H, W = images_B3HW.shape[2:]
-        size = (H // q * p, W // q * p)
+        size = [side // q * p for side in images_B3HW.shape[2:]]
         return F.interpolate(images_B3HW.float(), size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def get_codebook_usage(self) -> float:

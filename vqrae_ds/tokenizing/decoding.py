@@ -40,7 +40,7 @@ def decoded_batches(
     """The batches with any image of `first` .. `end` - 1, in the order of the files.
 
     By default in batches of the size that the codes of a file were made in. Raises `ValueError`
-    where the folder is not finished, or a file of it is damaged.
+    where the folder is not finished, or a file of it is damaged, and as `decode` does.
     """
     start = 0
     for entry in read_manifest(folder)["shards"]:
@@ -76,7 +76,7 @@ def write_images(
     """PNG files called by number, and `keys.json`, number -> key. Returns how many.
 
     Keys are text from elsewhere, and become no path. Raises `ValueError` where `output` is not
-    empty, and where there is no image `first`.
+    empty, where there is no image `first`, and as `decoded_batches` does.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not an empty folder: name another one, or remove it first")

@@ -34,7 +34,10 @@ def load_for_encoding(folder: Path, device: torch.device, dtype: str) -> Callabl
 
 
 def load_for_decoding(folder: Path, device: torch.device, dtype: str) -> Callable[[Tensor], Tensor]:
-    """Codes (B, h, w) int64 -> images (B, 3, h*q, w*q) in [0, 1], fp32, both as above."""
+    """Codes (B, h, w) int64 -> images (B, 3, h*q, w*q) in [0, 1], fp32, both as above.
+
+    What comes back raises `ValueError` where the decoder's output is not finite.
+    """
     model = VQRAE.from_pretrained(folder)
     _move((model.quantizer, model.out_proj, model.decoder), device, dtype)
 
