@@ -56,6 +56,7 @@ def main() -> None:
     check(args)
     from vqrae_ds.config import DataConfig
     from vqrae_ds.config.checking import check as check_section
+    from vqrae_ds.config.data_paths import check_indexes
 
     worker = this_worker(os.environ)
     configure_logging(worker.rank)
@@ -150,16 +151,6 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: 1 or more")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"{args.output} is no folder: name a new one")
-
-
-def check_indexes(data: DataConfig) -> None:
-    """Raise `ValueError` where a folder of shards has no index."""
-    from vqrae_ds.config.data_paths import data_folders
-    from vqrae_ds.data.index import missing_index
-
-    for folder in data_folders(data).values():
-        if fault := missing_index(Path(folder)):
-            raise ValueError(fault)
 
 
 if __name__ == "__main__":

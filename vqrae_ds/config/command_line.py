@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vqrae_ds.command_line import OneLineParser
-from vqrae_ds.config.data_paths import data_folders
+from vqrae_ds.config.data_paths import check_indexes
 from vqrae_ds.config.reading import Run, read_run
-from vqrae_ds.config.schema import DataConfig
 
 EXAMPLE = """\
 example:
@@ -46,7 +45,7 @@ def parse_command_line(argv: Sequence[str] | None = None) -> CommandLine:
         allowed_keys=args.allow_untested_key,
     )
     if args.dry_run:
-        _check_indexes(run.config.data)
+        check_indexes(run.config.data)
     return CommandLine(run, args.dry_run)
 
 
@@ -78,15 +77,6 @@ def _build_parser() -> argparse.ArgumentParser:
         help="of the YAML; deepspeed.a.b=value of the JSON",
     )
     return parser
-
-
-def _check_indexes(data: DataConfig) -> None:
-    # Imported here: numpy comes along, which no other check needs.
-    from vqrae_ds.data.index import missing_index
-
-    for setting, folder in data_folders(data).items():
-        if fault := missing_index(Path(folder)):
-            raise ValueError(f"{setting}: {fault}")
 
 
 def _world_size(gpus: int | None, dry_run: bool) -> int:

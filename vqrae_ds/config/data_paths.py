@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqrae_ds.config.checking import show
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vqrae_ds.config.schema import DataConfig
 
 LIST_SUFFIX = ".txt"
+INDEX_NAME = "index.json"  # in each folder of shards, but of those that are streamed
 FROM_IMAGES = "a folder of images becomes shards by `python tools/make_shards.py IMAGES OUT`"
 
 
@@ -64,6 +66,26 @@ def data_folders(data: DataConfig) -> dict[str, str]:
         for number, path in enumerate(expand_folders(name, named) if named else []):
             found[name if number == 0 else f"{name} ({number + 1})"] = path
     return found
+
+
+def index_command(folder: Path) -> str:
+    """The way out where an index is missing or no longer that of its shards."""
+    return f"run `python tools/make_shards.py --index-only {folder}`"
+
+
+def check_indexes(data: DataConfig) -> None:
+    """Raise `ValueError` where a folder that needs an index has none."""
+    for setting, folder in data_folders(data).items():
+        if fault := missing_index(Path(folder)):
+            raise ValueError(f"{setting}: {fault}")
+
+
+def missing_index(folder: Path) -> str | None:
+    """What to say where a folder has no index."""
+    if (folder / INDEX_NAME).is_file():
+        return None
+    command = index_command(folder)
+    return f"{folder} has no {INDEX_NAME}: if shards lie there, {command}; {FROM_IMAGES}"
 
 
 def _paths_of(setting: str, entry: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from vqrae_ds.config.data_paths import FROM_IMAGES
+from vqrae_ds.config.data_paths import INDEX_NAME, index_command, missing_index
 from vqrae_ds.data.faults import MISSING_SHARD, RESIZED_SHARD, UNREADABLE, BadSample
 from vqrae_ds.data.sample_table import (
     IMAGE_EXTENSIONS,
@@ -28,7 +28,7 @@ from vqrae_ds.data.sample_table import (
     encode_samples,
 )
 
-INDEX_NAME, SAMPLES_NAME = "index.json", "index.samples"
+SAMPLES_NAME = "index.samples"
 FORMAT_VERSION = 2
 _COLUMNS_IN_JSON = 1  # the version before: one file, right for millions of images
 _TABLES_KEPT = 8
@@ -152,20 +152,15 @@ def read_index(folder: Path, *, check_shards: bool = True) -> ShardIndex:
         if ends and (folder / SAMPLES_NAME).stat().st_size < max(ends):
             raise ValueError(f"{SAMPLES_NAME} beside it is shorter than it says")
     except (ValueError, KeyError, TypeError, OSError, OverflowError) as error:
-        raise ValueError(f"{path} is not a readable index ({error}): {_rebuild(folder)}") from error
+        raise ValueError(
+            f"{path} is not a readable index ({error}): {index_command(folder)}"
+        ) from error
     index = ShardIndex(shards)
     if check_shards:
         for fault in shard_faults(index.shards):
             if fault.kind != RETOUCHED_SHARD:
                 raise ValueError(fault.message)
     return index
-
-
-def missing_index(folder: Path) -> str | None:
-    """What to say where a folder has no index."""
-    if (folder / INDEX_NAME).is_file():
-        return None
-    return f"{folder} has no {INDEX_NAME}: if shards lie there, {_rebuild(folder)}; {FROM_IMAGES}"
 
 
 def shard_faults(shards: Sequence[Shard]) -> Iterator[ShardFault]:
@@ -181,12 +176,14 @@ def shard_faults(shards: Sequence[Shard]) -> Iterator[ShardFault]:
         except OSError as error:
             is_missing = isinstance(error, FileNotFoundError)
             kind, text = (MISSING_SHARD, "is missing") if is_missing else (UNREADABLE, error)
-            message = f"{shard.path} {text}: bring it back, or {_rebuild(shard.folder)}"
+            message = f"{shard.path} {text}: bring it back, or {index_command(shard.folder)}"
             yield ShardFault(kind, message)
             continue
         if found.st_size != shard.size:
             text = f"{shard.path} has {found.st_size} bytes, the index says {shard.size}"
-            yield ShardFault(RESIZED_SHARD, f"{text}: copy it again, or {_rebuild(shard.folder)}")
+            yield ShardFault(
+                RESIZED_SHARD, f"{text}: copy it again, or {index_command(shard.folder)}"
+            )
         elif shard.mtime_ns not in (None, found.st_mtime_ns):
             text = f"{shard.path} was copied or written anew since it was indexed"
             check = f"`python tools/make_shards.py --verify {shard.folder}`"
@@ -262,7 +259,7 @@ def _samples(table: Table | bytes, num_samples: int, shard_size: int) -> ShardSa
         return decode_samples(table, num_samples)
     data = _read_table(table)
     if xxhash.xxh3_64_hexdigest(data) != table.xxh3_64:
-        raise ValueError(f"{table.file} was altered or cut: {_rebuild(table.file.parent)}")
+        raise ValueError(f"{table.file} was altered or cut: {index_command(table.file.parent)}")
     samples = decode_samples(data, num_samples)
     if num_samples and int((samples.offsets + samples.lengths).max()) > shard_size:
         raise ValueError(f"{table.file} has a sample outside its shard of {shard_size} bytes")
@@ -284,7 +281,3 @@ def _read_table(table: Table) -> bytes:
     except OSError as error:
         message = f"the table of a shard's samples cannot be read: {table.file}: {error}"
         raise BadSample(message, UNREADABLE) from error
-
-
-def _rebuild(folder: Path) -> str:
-    return f"run `python tools/make_shards.py --index-only {folder}`"
