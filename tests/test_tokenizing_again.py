@@ -44,6 +44,15 @@ def root(made: Path, tmp_path: Path) -> Path:
     return copy_to(tmp_path, made)
 
 
+def make_without_shard_3(root: Path) -> Path:
+    """Make its codes while the shard is away, as `root`/away; where it belongs is returned."""
+    shard = root / "shards" / "00003.tar"
+    code_path(root / "codes", 3).unlink()
+    shard.rename(root / "away")
+    run(root, bad_samples="skip")
+    return shard
+
+
 def test_what_is_there_is_not_made_again(root, monkeypatch):
     before = contents(root / "codes")
     monkeypatch.setattr(VQRAE, "encode_to_indices", None)  # nobody may ask for codes
@@ -117,10 +126,7 @@ def test_a_manifest_that_a_peer_wrote_too_early_is_written_anew(root):
     """A peer sees a file under each name while this rank is about to make one of them anew."""
     manifest = root / "codes" / "manifest.json"
     expected = manifest.read_bytes()
-    away = root / "shards" / "00003.tar"
-    code_path(root / "codes", 3).unlink()
-    away.rename(root / "away")
-    run(root, bad_samples="skip")
+    away = make_without_shard_3(root)
     early = manifest.read_bytes()
     (root / "away").rename(away)
 
@@ -137,10 +143,7 @@ def test_a_stale_manifest_is_written_anew_by_the_next_start(root, monkeypatch):
     """A peer ends while a rank makes a file anew; that one publishes it, and is interrupted."""
     manifest = root / "codes" / "manifest.json"
     expected = manifest.read_bytes()
-    away = root / "shards" / "00003.tar"
-    code_path(root / "codes", 3).unlink()
-    away.rename(root / "away")
-    run(root, bad_samples="skip")
+    away = make_without_shard_3(root)
     (root / "away").rename(away)
     task = task_of(root)
 
@@ -167,10 +170,7 @@ def test_a_manifest_that_comes_late_is_written_anew(root, monkeypatch):
     """A rank has read all files; before its manifest has its name a peer makes one and ends."""
     manifest = root / "codes" / "manifest.json"
     expected = manifest.read_bytes()
-    away = root / "shards" / "00003.tar"
-    code_path(root / "codes", 3).unlink()
-    away.rename(root / "away")
-    run(root, bad_samples="skip")
+    away = make_without_shard_3(root)
     manifest.unlink()
     task = task_of(root, bad_samples="skip")
 

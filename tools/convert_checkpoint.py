@@ -16,13 +16,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.conversion.checkpoint_source import find_checkpoint
 from vqrae_ds.conversion.consolidate import consolidate, verify
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from vqrae_ds.models.weights import DTYPES
 
 
 def _parse() -> argparse.Namespace:
@@ -45,7 +42,7 @@ def _parse() -> argparse.Namespace:
         "discriminator; inference: the model alone",
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="fp32", help="of the parameters, for inference"
+        "--dtype", choices=DTYPES, default="fp32", help="of the parameters, for inference"
     )
     parser.add_argument(
         "--ema",
@@ -88,7 +85,7 @@ def main() -> None:
         checkpoint,
         args.output,
         to=args.to,
-        dtype=_DTYPES[args.dtype],
+        dtype=DTYPES[args.dtype],
         ema=args.ema,
         model_config=args.model_config,
         check=check if args.verify else None,

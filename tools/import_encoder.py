@@ -15,13 +15,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from vqrae_ds.command_line import OneLineParser, run_tool
 from vqrae_ds.conversion.pretrained_encoders import import_encoder, verify_import
 from vqrae_ds.conversion.source_weights import download
+from vqrae_ds.models.weights import DTYPES
 
-_DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"keep": None, **DTYPES}
 
 
 def main() -> None:

@@ -115,6 +115,8 @@ def job_of_folder(
 
 def make_parser() -> OneLineParser:
     """The command line."""
+    from vqrae_ds.config import DataConfig
+
     parser = OneLineParser(
         description=__doc__,
         epilog=EXAMPLES,
@@ -132,9 +134,10 @@ def make_parser() -> OneLineParser:
     add("--bad-samples", choices=("refuse", "skip"), default="refuse", help=bad)
     workers = "loader processes a rank, 0 for none (default: %(default)s)"
     add("--num-workers", type=int, metavar="N", default=4, help=workers)
-    limit = "more is a bad sample (default: {}; with --verify that of OUT)"
-    add("--max-image-bytes", type=int, metavar="N", help=limit.format(67_108_864))
-    add("--max-image-pixels", type=int, metavar="N", help=limit.format(89_478_485))
+    for name in LIMITS:
+        default = DataConfig.model_fields[name].default
+        limit = f"more is a bad sample (default: {default}; with --verify that of OUT)"
+        add(f"--{name.replace('_', '-')}", type=int, metavar="N", help=limit)
     add("--device", help="cpu, cuda or cuda:N (default: a GPU a rank where there are any)")
     add("--verify", action="store_true", help="read OUT and compare with MODEL, SHARDS, checksums")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # given by DeepSpeed's launcher

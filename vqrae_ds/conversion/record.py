@@ -57,6 +57,11 @@ def read_record(folder: Path) -> Record:
         ) from error
 
 
+def find_record(folder: Path) -> Record | None:
+    """`read_record`, or None where there is none: `VQRAE.save_pretrained` writes none."""
+    return read_record(folder) if (Path(folder) / RECORD_NAME).is_file() else None
+
+
 def find_damage(
     folder: Path, record: Record, *, checksums: bool = True, progress: bool = False
 ) -> list[str]:

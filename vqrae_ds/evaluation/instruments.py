@@ -9,7 +9,7 @@ import torch
 
 from vqrae_ds.config import ModelConfig, check_image_size
 from vqrae_ds.config.files import read_json
-from vqrae_ds.conversion.record import RECORD_NAME, read_record
+from vqrae_ds.conversion.record import find_record
 from vqrae_ds.evaluation.inception import Inception
 from vqrae_ds.evaluation.measuring import Instruments
 from vqrae_ds.evaluation.metrics import SSIM_WINDOW
@@ -110,7 +110,8 @@ def _check_same_network(folder: Path, config: ModelConfig) -> None:
 
 def _check_untrained(folder: Path) -> None:
     """A folder without a record is `VQRAE.save_pretrained`'s, and does not say."""
-    if (folder / RECORD_NAME).is_file() and read_record(folder).stage == 2:
+    record = find_record(folder)
+    if record is not None and record.stage == 2:
         raise ValueError(
             f"--encoder {folder} is of stage 2, which trains the encoder: name the folder that its "
             "run began with, or the encoder's own of tools/import_encoder.py"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vqrae_ds.config import TrainConfig
-from vqrae_ds.conversion.record import RECORD_NAME, Record, read_record
+from vqrae_ds.conversion.record import Record, find_record
 from vqrae_ds.conversion.zero_shards import ZeroCheckpoint
 from vqrae_ds.manifest import MANIFEST_NAME, read_manifest
 from vqrae_ds.models.training_model import TrainingModel
@@ -76,7 +76,7 @@ def find_sources(
             sources |= _teacher_of_run(folder)
     elif config.init.model is not None:
         folder = WeightFolder(config.init.model)
-        record = _record_of(folder)
+        record = find_record(folder.folder)
         _warn_of_rounding(folder, record)
         sources = {f"vqrae.{name}": Source(folder, name) for name in folder.names()}
         if model.teacher is not None:
@@ -166,11 +166,6 @@ def freed_memory_returned() -> Iterator[None]:
         if mallopt is not None:
             mallopt(mmap_threshold, 32 << 20)
             mallopt(trim_threshold, 64 << 20)
-
-
-def _record_of(folder: WeightFolder) -> Record | None:
-    """None where the folder was not converted, but saved by `VQRAE.save_pretrained`."""
-    return read_record(folder.folder) if (folder.folder / RECORD_NAME).is_file() else None
 
 
 def _warn_of_rounding(folder: WeightFolder, record: Record | None) -> None:
