@@ -37,13 +37,13 @@ train() {  # train RUN CONFIG JSON [a.b=value ...]
         losses.perceptual.weights="$LPIPS" "$@" &
     launcher=$!                                 # in the background Ctrl-C does not end it before its ranks
     trap 'stop_training "$run" "$launcher" 130' INT
-    trap 'stop_training "$run" "$launcher" 143' TERM HUP
+    trap 'stop_training "$run" "$launcher" 143' TERM
     wait "$launcher"
-    trap - INT TERM HUP
+    trap - INT TERM
 }
 
 stop_training() {  # stop_training RUN LAUNCHER STATUS: the ranks save first
-    trap '' INT TERM HUP
+    trap '' INT TERM
     echo "== stopping: the ranks save"
     mkdir -p "$1"
     touch "$1/STOP"                             # for a rank that a signal has not reached, or not yet

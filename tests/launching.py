@@ -98,7 +98,7 @@ def started(
 
 def wait_for_step(run: Path, step: int, launcher: subprocess.Popen, log: Path) -> None:
     """Wait until the run has logged the step, which it must do before it ends."""
-    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
         assert launcher.poll() is None, log.read_text()
         assert time.monotonic() < deadline, "the run never got to the step"

@@ -49,6 +49,25 @@ def test_a_second_start_is_refused_while_the_first_lives(tmp_path, caplog):
         assert not caplog.records, "what was killed holds nothing, though its child lives"
 
 
+def test_a_requeued_job_takes_the_place_of_its_earlier_start_alone(tmp_path, monkeypatch, caplog):
+    """As where a file server keeps the lock of a machine that is gone."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    holder = start_holder(tmp_path, 60)
+    for job, restarts in (("17", "0"), ("18", "1")):  # the same start, another job
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        with pytest.raises(ValueError, match=f"start 0 of job 17.*remove {tmp_path}/lock"):
+            run_folder.lock(tmp_path, wait_seconds=0.1)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with run_folder.lock(tmp_path, wait_seconds=0.1):
+        assert "taking the place of this earlier start" in caplog.text
+        third = [sys.executable, "-c", HOLDER, str(tmp_path), "0"]
+        with pytest.raises(subprocess.TimeoutExpired):  # it waits: the new lock holds
+            subprocess.run(third, cwd=ROOT, timeout=10, capture_output=True)
+    holder.kill()
+    holder.wait()
+
+
 def test_a_second_start_takes_over_from_a_first_one_that_ends(tmp_path):
     holder = start_holder(tmp_path, 1.5)
     with run_folder.lock(tmp_path, wait_seconds=60):

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, metavar="N", help="default: all from --first on")
     parser.add_argument("--batch-size", type=int, default=0, metavar="N", help="see above")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: that of the codes")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU, if there is one")
     args = parser.parse_args()
     for name in ("first", "batch_size", "count"):
         if (getattr(args, name) or 0) < 0:
@@ -43,7 +44,7 @@ def main() -> None:
 
     job = read_job(args.codes)
     check_model(args.model, args.codes, job)
-    decode = load_for_decoding(args.model, choose_device(), args.dtype or job.dtype)
+    decode = load_for_decoding(args.model, choose_device(args.device), args.dtype or job.dtype)
     end = None if args.count is None else args.first + args.count
     number = write_images(
         args.codes,

@@ -136,7 +136,7 @@ def make(folder: Path, output: Path, samples_per_shard: int, skip_bad: bool) -> 
 
     Raises `ValueError` where a picture cannot be decoded, unless `skip_bad`.
     """
-    images = find_images(folder)
+    images, others = find_images(folder), passed_over(folder)
     broken = broken_images(images)
     faults = list(broken.values())
     if faults and not skip_bad:
@@ -147,7 +147,7 @@ def make(folder: Path, output: Path, samples_per_shard: int, skip_bad: bool) -> 
         )
     sound = [path for path in images if path not in broken]
     index = write_shards(sound, output, samples_per_shard=samples_per_shard, root=folder)
-    print(f"{output}: {_extent(index)}{_other_types(passed_over(folder))}")
+    print(f"{output}: {_extent(index)}{_other_types(others)}")
     for line in _by_kind(faults):
         print(f"left out: {line}")
 

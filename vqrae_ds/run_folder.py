@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib.metadata import distributions
@@ -58,19 +59,29 @@ def enter(folder: Path, rank: int) -> IO[str] | None:
 def lock(folder: Path, wait_seconds: float = WAIT_SECONDS) -> IO[str]:
     """The right to train in `folder`, as long as what is returned stays open in this process.
 
-    Waits for another start to end. Raises `ValueError` where it does not; a file system without
-    locks is a warning.
+    Waits for another start to end. Where it does not, takes its place if it is an earlier start of
+    this very SLURM job, else raises `ValueError`; a file system without locks is a warning.
     """
-    file = open(folder / LOCK_NAME, "a+")  # noqa: SIM115 - open as long as the caller wants it
+    path, own = folder / LOCK_NAME, _this_process()
+    file = open(path, "a+")  # noqa: SIM115 - open as long as the caller wants it
     deadline = time.monotonic() + wait_seconds
     is_told = False
     while (reason := _try(file)) in _HELD:
         file.seek(0)
-        owner = f"{folder} is in training by {file.read().strip() or 'another process'}"
+        holder = file.read().strip() or "another process"
+        owner = f"{folder} is in training by {holder}"
         if time.monotonic() > deadline:
             file.close()
-            way_out = f"wait for its end, or ask it to stop: touch {folder / 'STOP'}"
-            raise ValueError(f"{owner}: {way_out}")
+            if _is_earlier_start(holder, own):
+                # SLURM has given it up, with its machine. Some servers never take a lock from a
+                # machine that is gone; to a new file the old lock means nothing.
+                logger.warning("%s: taking the place of this earlier start of the job", owner)
+                path.unlink()
+                return lock(folder, wait_seconds)
+            raise ValueError(
+                f"{owner}: wait for its end, or ask it to stop: touch {folder / 'STOP'}; if it is "
+                f"gone with its machine, remove {path}"
+            )
         if not is_told:
             logger.warning("%s: this start waits %.0f s for its end", owner, wait_seconds)
             is_told = True
@@ -79,9 +90,25 @@ def lock(folder: Path, wait_seconds: float = WAIT_SECONDS) -> IO[str]:
         logger.warning("nothing keeps a second start of this run away: %s", os.strerror(reason))
         return file
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.write(f"{own}\n")
     file.flush()
     return file
+
+
+def _this_process() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return f"process {os.getpid()} on {platform.node()}" + (
+        f", start {start} of job {job}" if job else ""
+    )
+
+
+def _is_earlier_start(holder: str, own: str) -> bool:
+    """Whether the holder is an earlier start of the job that this process is of."""
+    theirs, ours = (re.search(r", start (\d+) of job (\S+)$", name) for name in (holder, own))
+    if theirs is None or ours is None or theirs[2] != ours[2]:
+        return False
+    return int(theirs[1]) < int(ours[1])
 
 
 def _try(file: IO[str]) -> int | None:

@@ -33,7 +33,7 @@ def joined_ranks() -> Iterator[Reader]:
             f"srun started {tasks} tasks, and each would measure the whole set: have it start "
             "torchrun once a node, srun --ntasks-per-node=1 torchrun --nnodes=NODES "
             "--nproc_per_node=GPUS --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 "
-            "tools/evaluate.py ..."
+            "tools/evaluate.py ... (for one process alone: env -u SLURM_STEP_NUM_TASKS)"
         )
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -197,8 +197,9 @@ def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype
     bound_n = error_bound(norm_n, norms, dimensions, dimensions)
     if dtype == torch.bfloat16:
         # With z = z' + r and c = c' + s, primes for bf16: <z, c> - <z', c'> = <z, s> + <r, c'>.
+        # TINY again: a norm that is taken for 0, times infinity, would be nan.
         rounding = norms.largest_rounding + TINY
-        rounding_n = norm_n * rounding + rounding_n * (norms.largest + rounding)
+        rounding_n = (norm_n + TINY) * rounding + (rounding_n + TINY) * (norms.largest + rounding)
         # And the products may come back in bf16, rounded once.
         bound_n = bound_n + MARGIN * (rounding_n + ROUNDING_TO_BFLOAT16 * largest_n)
     return Screened(scores_nM, indices_nM, bound_n)
@@ -224,13 +225,14 @@ def _smallest(scores_nk: Tensor) -> tuple[Tensor, Tensor]:
 def _settle(z_nD: Tensor, codes_KD: Tensor, screened: Screened) -> tuple[Tensor, Tensor]:
     """Indices (n,), and where they mean nothing yet: codes that were not kept may be nearer.
 
-    So it is where finite values have a bound that is not: fp32 is too small for their squares.
+    So it is where finite values have a bound that is not: fp32 is too small for their squares, and
+    the sum of a product may even be nan, by infinities of both signs.
     """
     scores_nM, indices_nM, bound_n = screened
     limit_n = scores_nM[:, 0] + 2 * bound_n
     is_near_nM = scores_nM <= limit_n[:, None]
     is_crowded_n = is_near_nM.all(1) & (len(codes_KD) > CANDIDATES)
-    is_crowded_n |= ~limit_n.isfinite() & ~bound_n.isnan()
+    is_crowded_n |= ~limit_n.isfinite() & z_nD.isfinite().all(1)
     is_tied_n = (is_near_nM.sum(1) > 1) & ~is_crowded_n
     token_P, candidate_P = (is_near_nM & is_tied_n[:, None]).nonzero(as_tuple=True)
     code_P = indices_nM[token_P, candidate_P]
