@@ -142,7 +142,7 @@ def test_the_whole_benchmark_on_a_cpu(
     assert not list(work.iterdir()), "nothing stays"
 
 
-DELAY = 0.4
+DELAY = 2.0
 
 
 def prepare_slowed_down(run: Run) -> Setup:
@@ -171,7 +171,7 @@ def test_a_slower_trainer_has_a_smaller_share_of_the_peak(
         rows = {row.metric: row for row in report.rows}
         seconds.append(rows["step_seconds_stage1"].ours)
         shares.append(rows["mfu_stage1"].ours)
-    assert seconds[1] > 2 * DELAY, "both micro batches of a step are in its time"
+    assert seconds[1] > 2 * DELAY > seconds[0]
     assert shares[0] / shares[1] == pytest.approx(seconds[1] / seconds[0])
 
 

@@ -197,9 +197,8 @@ def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype
     bound_n = error_bound(norm_n, norms, dimensions, dimensions)
     if dtype == torch.bfloat16:
         # With z = z' + r and c = c' + s, primes for bf16: <z, c> - <z', c'> = <z, s> + <r, c'>.
-        # TINY again: a norm that is taken for 0, times infinity, would be nan.
         rounding = norms.largest_rounding + TINY
-        rounding_n = (norm_n + TINY) * rounding + (rounding_n + TINY) * (norms.largest + rounding)
+        rounding_n = norm_n * rounding + rounding_n * (norms.largest + rounding)
         # And the products may come back in bf16, rounded once.
         bound_n = bound_n + MARGIN * (rounding_n + ROUNDING_TO_BFLOAT16 * largest_n)
     return Screened(scores_nM, indices_nM, bound_n)
