@@ -86,6 +86,12 @@ def has_heard(cluster: MiniCluster, run: Path, rank: int) -> bool:
     return bool(waiting >> (signal.SIGTERM - 1) & 1)
 
 
+def two_minutes(cluster: MiniCluster, job: str) -> int:
+    """A time limit at which the job has one to two minutes left: less than its --signal leaves."""
+    hours, minutes, seconds = map(int, cluster.job(job)["RunTime"].split(":"))
+    return 60 * hours + minutes + (seconds > 0) + 1
+
+
 def preempt_in_the_doctor_s_hands(cluster: MiniCluster, folder: Path, run: Path, job: str) -> None:
     """Another job takes the nodes while the doctor waits for a file server that hangs."""
     wait_until("the launcher", 60, (run / "launch" / "owner.json").exists)
@@ -98,24 +104,24 @@ def preempt_in_the_doctor_s_hands(cluster: MiniCluster, folder: Path, run: Path,
 def test_a_job_comes_back_from_every_interruption(cluster, folder, straight):
     run = folder / "interrupted"
     with faults.hanging(cluster, "n2", folder / "train"):
-        job = runs.submit(cluster, folder, run, "--signal=B:USR1@60")
+        job = runs.submit(cluster, folder, run, "--signal=B:USR1@120")
         preempt_in_the_doctor_s_hands(cluster, folder, run, job)
     interruptions = [
-        ["scancel", "--batch", "--signal=USR1", job],
-        ["scontrol", "update", f"JobId={job}", "TimeLimit=1"],  # less than --signal leaves
-        PREEMPTING,
-        ["scontrol", "requeue", job],
+        lambda: ["scancel", "--batch", "--signal=USR1", job],
+        lambda: ["scontrol", "update", f"JobId={job}", f"TimeLimit={two_minutes(cluster, job)}"],
+        lambda: PREEMPTING,
+        lambda: ["scontrol", "requeue", job],
     ]
-    for number, command in enumerate(interruptions):
+    for number, interruption in enumerate(interruptions):
         rank, restarts = runs.rank_of(cluster, "n2"), cluster.job(job)["Restarts"]
         runs.wait_for_step(run, 4 + 10 * number, lambda: is_there(cluster, job))
         runs.send(cluster, "n2", "STOP", rank)
-        cluster.ask(CONTROLLER, *command)
+        cluster.ask(CONTROLLER, *(command := interruption()))
         wait_until(f"{command} to be heard of", 120, partial(has_heard, cluster, run, rank))
         cluster.run("n2", "kill", "-CONT", str(rank))
         wait_until("a requeue", 120, lambda r=restarts: cluster.job(job)["Restarts"] != r)
         assert not (run / DONE).exists()
-        if "TimeLimit=1" in command:
+        if "update" in command:
             cluster.ask(CONTROLLER, "scontrol", "update", f"JobId={job}", "TimeLimit=20")
     assert finish(cluster, job, folder, run, straight)["Restarts"] == "5"
     log = (folder / "interrupted.log").read_text()

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tests.bf16 import fast_products
 from tests.conftest import ROOT
 from tests.distributed import run_ranks
 from tests.memory import read_memory, sampled_memory
@@ -107,7 +108,7 @@ def take_a_step(rank: int, folder: Path, stage: int, lpips: Path) -> None:
     peaks: dict[str, int] = {}
     built = read_memory()["RssAnon"] - before
     images = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(rank))
-    with sampled_memory(peaks):
+    with sampled_memory(peaks), fast_products():
         terms, _ = micro_step(setup, images, 0)
         finish_step(setup, 0)
     settled = settled_memory() - before
