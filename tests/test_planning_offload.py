@@ -119,3 +119,12 @@ def test_a_fit_says_what_it_takes_of_the_hosts() -> None:
     assert [cell.strip() for cell in head if cell].count("hosts GB") == 1
     assert host in [cell.strip() for cell in row]
     assert "host" not in describe_sweep([plan(run_of(RECIPE))], Speed(), 80)
+
+
+def test_the_step_takes_one_of_the_times() -> None:
+    slow = Speed(bandwidth=Bandwidth(node=5e10))
+    done = work(offloaded(), 2, slow)
+    assert done.mfu_seconds < done.traffic_seconds < done.offload.beside
+    text = describe_run(offloaded(), 2, 80, slow)
+    assert f"communication takes {done.traffic_seconds:,.2f} s at 50 GB/s" in text
+    assert text.count("it is longer") == 2 and text.count("so the step takes that") == 1

@@ -24,9 +24,9 @@ from tests.tokenizing import (
 from vqrae_ds.manifest import write_sealed
 from vqrae_ds.models.vqrae import VQRAE
 from vqrae_ds.tokenizing import folder, progress
+from vqrae_ds.tokenizing import tokenize as tokenizing
 from vqrae_ds.tokenizing.dataset import CodeDataset
-from vqrae_ds.tokenizing.folder import code_path, finish
-from vqrae_ds.tokenizing.sharing import Claims
+from vqrae_ds.tokenizing.folder import code_path, finish, publish
 from vqrae_ds.tokenizing.tokenize import Encode, Made, tokenize
 
 
@@ -122,7 +122,7 @@ def test_a_retry_never_takes_codes_away(root, caplog):
     assert contents(root / "codes") == expected
 
 
-def test_a_manifest_that_a_peer_wrote_too_early_is_written_anew(root):
+def test_a_manifest_that_a_peer_wrote_too_early_is_written_anew(root, monkeypatch):
     """A peer sees a file under each name while this rank is about to make one of them anew."""
     manifest = root / "codes" / "manifest.json"
     expected = manifest.read_bytes()
@@ -131,10 +131,15 @@ def test_a_manifest_that_a_peer_wrote_too_early_is_written_anew(root):
     (root / "away").rename(away)
 
     def load() -> Encode:
-        assert not manifest.exists()
-        manifest.write_bytes(early)
+        assert manifest.read_bytes() == early, "who reads the folder can until there is more"
         return encoder(root)()
 
+    def publish_beside_a_peer(*arguments: Any) -> None:
+        assert not manifest.exists()
+        manifest.write_bytes(early)
+        publish(*arguments)
+
+    monkeypatch.setattr(tokenizing, "publish", publish_beside_a_peer)
     assert tokenize(task_of(root), load).totals.skipped == {}
     assert manifest.read_bytes() == expected != early
 
@@ -147,17 +152,15 @@ def test_a_stale_manifest_is_written_anew_by_the_next_start(root, monkeypatch):
     (root / "away").rename(away)
     task = task_of(root)
 
-    def load() -> Encode:
+    def publish_beside_a_peer(*arguments: Any) -> None:
         assert not manifest.exists()
         assert finish(task.output, task.job, task.index).skipped == {"missing_shard": SIZES[3]}
-        return encoder(root)()
-
-    def interrupt(*_: object) -> None:
+        publish(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Claims, "let_go", interrupt)  # what follows on the publishing of a file
-        tokenize(task, load)
+        patch.setattr(tokenizing, "publish", publish_beside_a_peer)
+        tokenize(task, encoder(root))
     assert len(CodeDataset(root / "codes")) == sum(SIZES) - SIZES[3]
     assert damage_of(root) != []
     outcome = run(root)

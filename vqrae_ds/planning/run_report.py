@@ -77,8 +77,10 @@ def _work(plan: Plan, gpus: int, speed: Speed) -> list[str]:
             f"{speed.mfu * done.flops / (done.flops + done.repeated):.1%}",
         )
     if done.traffic_seconds:
-        hidden = done.traffic_seconds <= done.mfu_seconds
-        verb = "can hide behind them" if hidden else "is longer, so the step takes that"
+        verb = "can hide behind them"
+        if done.traffic_seconds > done.mfu_seconds:
+            longest = done.traffic_seconds >= done.offload.beside
+            verb = "is longer, so the step takes that" if longest else "is longer"
         lines.append(
             f"communication takes {done.traffic_seconds:,.2f} s at {band.node / GB:g} GB/s in a "
             f"node and {band.network / GB:g} a port between nodes: it {verb}"

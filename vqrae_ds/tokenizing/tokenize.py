@@ -122,7 +122,6 @@ def _shards_to_do(task: Task, claims: Claims, progress: Progress) -> Iterator[in
         if _is_done(task, turn, expected):  # by another rank, just before
             claims.let_go(turn.shard)
             continue
-        (task.output / MANIFEST_NAME).unlink(missing_ok=True)  # it vouches for what was there
         progress.begin(turn.shard)
         yield turn.shard
 
@@ -166,7 +165,9 @@ def _publish(task: Task, shard: int, parts: list[DecodedPiece], codes: list[np.n
         text = "%s stays: it has the codes of %d images, of which %d can be read now"
         logger.warning(text, there.path, there.shape[0], images)
         return Made()
-    publish(task.output, shard, _file_of(task, shard, parts, codes))
+    data = _file_of(task, shard, parts, codes)
+    (task.output / MANIFEST_NAME).unlink(missing_ok=True)  # it vouches for what was there
+    publish(task.output, shard, data)
     return Made(1, images, skipped)
 
 
