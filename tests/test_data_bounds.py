@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.bad_members import encode, many_scans, resized_jpeg
+from tests.distributed import FORK_SERVER, IMPORTED_ONCE
 from tests.memory import sampled_memory
 from vqrae_ds.config import patterns
 from vqrae_ds.config.patterns import expand_braces
@@ -62,8 +63,8 @@ def peaks_of_decoding(format: str, mode: str, options: dict[str, Any]) -> list[i
 @pytest.fixture(scope="module")
 def fresh_processes() -> Iterator[ProcessPoolExecutor]:
     """One for each call: what the C library has kept of earlier work would be counted."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context(FORK_SERVER)
+    context.set_forkserver_preload(IMPORTED_ONCE)  # those of all tests: there is one server
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
         yield processes
 

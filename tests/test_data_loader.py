@@ -44,7 +44,7 @@ def test_a_process_ends_with_its_workers(end: str, status: int) -> None:
         [sys.executable, "-c", SCRIPT.format(end=end)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == status, done.stderr.decode()

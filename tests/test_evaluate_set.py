@@ -219,7 +219,7 @@ def test_the_launcher_of_deepspeed_gives_the_same_report(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     reports = [(place / "report.json").read_bytes() for place in (tmp_path / "out", evaluated)]

@@ -118,7 +118,7 @@ def _running(cluster: MiniCluster, node: str, program: str, argument: str) -> It
         command = [sys.executable, "-c", program, argument]
         process = cluster.start(node, command, stdout=output, stderr=output)
     try:
-        wait_until("the fault", 20, lambda: log.read_text() or process.poll() is not None)
+        wait_until("the fault", 120, lambda: log.read_text() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         yield
     finally:

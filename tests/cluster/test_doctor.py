@@ -139,10 +139,10 @@ def test_in_an_allocation_of_slurm(place: Place) -> None:
         command = ["salloc", "--quiet", "-N2", "bash", "-c", script]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with place.cluster.start(CONTROLLER, command, env=settings, **pipes) as job:
-            wait_until("the allocation", 30, ready.exists)
+            wait_until("the allocation", 240, ready.exists)
             with fault:
                 begin.touch()
-                output, errors = job.communicate(timeout=60)
+                output, errors = job.communicate(timeout=240)
         assert job.returncode == status, output + errors
         assert re.search(line, output, re.MULTILINE), output + errors
         assert float(re.search(r"real\s0m([\d.]+)s", errors)[1]) < SECONDS, errors

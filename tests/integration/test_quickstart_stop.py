@@ -49,7 +49,7 @@ def test_the_quickstart_waits_for_its_ranks_to_save(tmp_path, lpips_weights, num
             os.killpg(script.pid, number)
         else:
             script.send_signal(number)
-        status = script.wait(timeout=120)
+        status = script.wait(timeout=300)
         alive = [process for process in every if process.is_running()]
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -117,7 +117,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(folder, ask):
         wait_for_step(run_folder, 10, launcher, log_path)
         assert not any(map(holds_signals, ranks_of(launcher)))
         ask(launcher, run_folder)
-        status = launcher.wait(timeout=90)
+        status = launcher.wait(timeout=300)
     log = log_path.read_text()
     assert status == PREEMPTED_STATUS, log
     assert "asked to stop after step" in log and "Traceback" not in log, log
@@ -153,11 +153,11 @@ def test_a_second_start_waits_for_the_first_and_goes_on_from_it(folder):
                 assert second.poll() is None, logs[1].read_text()
                 time.sleep(0.1)
             ask_by_file(first, run_folder)
-            assert first.wait(timeout=90) == PREEMPTED_STATUS, logs[0].read_text()
+            assert first.wait(timeout=300) == PREEMPTED_STATUS, logs[0].read_text()
             stopped_at = read_manifest(find_step_folder(run_folder)).step
             wait_for_step(run_folder, stopped_at + 2, second, logs[1])
             ask_by_file(second, run_folder)
-            assert second.wait(timeout=90) == PREEMPTED_STATUS, logs[1].read_text()
+            assert second.wait(timeout=300) == PREEMPTED_STATUS, logs[1].read_text()
     log = logs[1].read_text()
     assert f"{run_folder} is in training by process " in log
     assert f"resumed from {run_folder}/checkpoints/step_{stopped_at:08d} at step" in log

@@ -184,7 +184,7 @@ def test_deepspeeds_launcher_starts_the_ranks(root):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-4000:]

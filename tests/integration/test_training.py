@@ -218,7 +218,7 @@ def test_another_number_of_ranks_goes_on(chain, tmp_path):
     )
     one_rank[one_rank.index("--num_gpus") + 1] = "1"
     done = subprocess.run(
-        one_rank, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
+        one_rank, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-4000:]
