@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, run_python
+from tests.launching import free_port
 
 SCRIPT = """
 import signal
@@ -75,6 +77,40 @@ def test_what_is_left_to_be_written_at_the_end_is_no_error_either() -> None:
     assert ended_without_reader("-c", SCRIPT.format(body=body)) == (1, "")
     said = ended_without_reader("tools/make_shards.py", "--help")
     assert said == (0, ""), "argparse ends with its own status"
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["ended by its launcher", "left alone"])
+def test_a_rank_speaks_after_its_peer_only_where_nothing_ends_it(ended: bool) -> None:
+    ending = "threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()" if ended else ""
+    body = f"""import os, signal, threading
+from vqrae_ds import command_line
+command_line.PEER_SECONDS = {600 if ended else 0.1}
+{ending}
+command_line.exit_with(ValueError("3 is no size"), after_peer=True)"""
+    done = run_python("-c", body)
+    assert (done.returncode, done.stderr) == (2, "" if ended else "error: 3 is no size\n")
+
+
+def test_of_ranks_with_the_same_mistake_one_speaks_although_it_is_the_last(tmp_path: Path) -> None:
+    """The launcher ends every rank when the first has ended."""
+    late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(4)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_addr", "127.0.0.1"]
+    launcher += ["--master_port", str(free_port()), "--module", "vqrae_ds.train"]
+    files = ["--config", "ds_configs/tiny/stage1.yaml", "--deepspeed_config"]
+    files += ["ds_configs/stage1_cpu.json", "losses.perceptual.wieght=1"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *files],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(said) == 1, done.stderr
+    assert "did you mean losses.perceptual.weight?" in said[0]
 
 
 def test_a_broken_pipe_of_our_own_is_said() -> None:

@@ -20,6 +20,8 @@ from types import FrameType
 from typing import NoReturn
 
 _STDOUT = 1
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+PEER_SECONDS = 10.0  # that a rank may be behind its peer, on a machine that is busy
 USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
 
 
@@ -105,9 +107,17 @@ def _unwind(number: int, frame: FrameType | None) -> NoReturn:
     exit_with(InterruptedError("ended by SIGTERM"), status=128 + number)
 
 
-def exit_with(error: Exception, *, silent: bool = False, status: int = 2) -> NoReturn:
-    """Say what is wrong, unless a peer says the same, and exit with `status`."""
-    if not silent:
+def exit_with(error: Exception, *, after_peer: bool = False, status: int = 2) -> NoReturn:
+    """Say what is wrong and exit with `status`.
+
+    Of ranks that all say the same one is enough: `after_peer` waits to be ended by a launcher,
+    because that rank has said it. To exit at once would have the launcher end it before its word.
+    """
+    is_said = False
+    if after_peer:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        is_said = signal.sigtimedwait(_ENDING, PEER_SECONDS) is not None
+    if not is_said:
         sys.stderr.write(f"error: {in_one_line(error)}\n")
     sys.exit(status)
 

@@ -7,6 +7,7 @@ begin with `#`, are passed over.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +71,7 @@ def data_folders(data: DataConfig) -> dict[str, str]:
 
 def index_command(folder: Path) -> str:
     """The way out where an index is missing or no longer that of its shards."""
-    return f"run `python tools/make_shards.py --index-only {folder}`"
+    return f"run `python tools/make_shards.py --index-only {shlex.quote(str(folder))}`"
 
 
 def check_indexes(data: DataConfig) -> None:

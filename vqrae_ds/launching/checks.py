@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -263,7 +264,7 @@ def _local_disk(reports: Sequence[Report], needs: Needs) -> list[Cell]:
 
 
 def _shards(folder: str) -> Judge:
-    rebuild = f"copy it again, or `python tools/make_shards.py --index-only {folder}`"
+    rebuild = f"copy it again, or `python tools/make_shards.py --index-only {shlex.quote(folder)}`"
 
     def judge_one(value: Any, _: Report) -> Cell:
         if value["shards"] is None:
