@@ -79,16 +79,19 @@ def test_what_is_left_to_be_written_at_the_end_is_no_error_either() -> None:
     assert said == (0, ""), "argparse ends with its own status"
 
 
-@pytest.mark.parametrize("ended", [True, False], ids=["ended by its launcher", "left alone"])
-def test_a_rank_speaks_after_its_peer_only_where_nothing_ends_it(ended: bool) -> None:
-    ending = "threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()" if ended else ""
+@pytest.mark.parametrize(
+    ("seconds", "ending"),
+    [(0.1, ""), (600, "threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()")],
+    ids=["left alone", "ended by its launcher"],
+)
+def test_a_silent_rank_ends_by_itself_or_when_it_is_told_to(seconds: float, ending: str) -> None:
     body = f"""import os, signal, threading
 from vqrae_ds import command_line
-command_line.PEER_SECONDS = {600 if ended else 0.1}
+command_line.PEER_SECONDS = {seconds}
 {ending}
-command_line.exit_with(ValueError("3 is no size"), after_peer=True)"""
+command_line.exit_with(ValueError("3 is no size"), silent=True)"""
     done = run_python("-c", body)
-    assert (done.returncode, done.stderr) == (2, "" if ended else "error: 3 is no size\n")
+    assert (done.returncode, done.stderr) == (2, "")
 
 
 def test_of_ranks_with_the_same_mistake_one_speaks_although_it_is_the_last(tmp_path: Path) -> None:

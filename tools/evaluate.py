@@ -65,7 +65,7 @@ def main() -> None:
         try:
             measured = measure(args, reader)
         except USER_ERRORS as error:  # the same on every rank: one of them says it
-            exit_with(error, after_peer=reader.rank != 0)
+            exit_with(error, silent=reader.rank != 0)
     if measured is not None:
         report(args, measured)
 

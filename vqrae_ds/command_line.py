@@ -107,17 +107,16 @@ def _unwind(number: int, frame: FrameType | None) -> NoReturn:
     exit_with(InterruptedError("ended by SIGTERM"), status=128 + number)
 
 
-def exit_with(error: Exception, *, after_peer: bool = False, status: int = 2) -> NoReturn:
-    """Say what is wrong and exit with `status`.
+def exit_with(error: Exception, *, silent: bool = False, status: int = 2) -> NoReturn:
+    """Say what is wrong, unless a peer says the same, and exit with `status`.
 
-    Of ranks that all say the same one is enough: `after_peer` waits to be ended by a launcher,
-    because that rank has said it. To exit at once would have the launcher end it before its word.
+    Who is silent waits for the launcher, which ends all ranks after the first: one that left at
+    once would have the peer ended before its word.
     """
-    is_said = False
-    if after_peer:
+    if silent:
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-        is_said = signal.sigtimedwait(_ENDING, PEER_SECONDS) is not None
-    if not is_said:
+        signal.sigtimedwait(_ENDING, PEER_SECONDS)
+    else:
         sys.stderr.write(f"error: {in_one_line(error)}\n")
     sys.exit(status)
 

@@ -58,7 +58,7 @@ def main() -> None:
     try:
         run, dry_run = parse_command_line()
     except ValueError as error:  # the same on every rank of a node: one of them says it
-        exit_with(error, after_peer=os.environ.get("LOCAL_RANK", "0") != "0")
+        exit_with(error, silent=os.environ.get("LOCAL_RANK", "0") != "0")
     if dry_run:
         sys.stdout.write(describe(run) + "\n")
         return
@@ -75,14 +75,14 @@ def main() -> None:
         except USER_ERRORS as error:
             # VQRAE_LOG_LEVEL=DEBUG shows it.
             logger.debug("the mistake was found here", exc_info=True)
-            exit_with(error, after_peer=is_said_by_peer(error, rank))
+            exit_with(error, silent=is_said_by_peer(error, rank))
         except OSError as error:
-            exit_with(error, after_peer=is_said_by_peer(error, rank), status=1)
+            exit_with(error, silent=is_said_by_peer(error, rank), status=1)
         stop_request.catch_signals()
         try:
             train(run, setup)
         except TrainingStopped as stop:
-            exit_with(stop, after_peer=rank != 0, status=1)
+            exit_with(stop, silent=rank != 0, status=1)
         except DataFailed as failure:  # its peers wait in a collective: the launcher ends them
             exit_with(failure)
         except Preempted as stop:
