@@ -192,7 +192,10 @@ def test_another_run_is_started_from_at_its_newest_intact_step(run, caplog):
     (newer / "manifest.json").unlink()
     with pytest.raises(ValueError, match="has no manifest.json"):
         start(newer)
-    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"holds no complete checkpoint \(.*\)$"):
+        start(home)
+    (home / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="; it has weights that are converted already$"):
         start(home)
     assert checkpoint.resolve_start(run) == run, "it names no other run"
 

@@ -174,7 +174,10 @@ def find_step_folders(path: Path) -> list[Path]:
     inside = path / "checkpoints"
     complete = complete_steps(inside if inside.is_dir() else path)
     if not complete:
-        raise ValueError(f"{path} holds no complete checkpoint (step_XXXXXXXX/{MANIFEST_NAME})")
+        is_converted = any(path.glob("model*.safetensors*"))
+        hint = "; it has weights that are converted already" if is_converted else ""
+        wanted = f"step_XXXXXXXX/{MANIFEST_NAME}"
+        raise ValueError(f"{path} holds no complete checkpoint ({wanted}){hint}")
     return complete
 
 
