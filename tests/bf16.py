@@ -30,10 +30,10 @@ class ProductsInFp32(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        is_ours = function in PRODUCTS and args[0].dtype is torch.bfloat16
-        if not is_ours:
-            return function(*args, **(kwargs or {}))
-        return tree_map(_to_bf16, function(*tree_map(_to_fp32, args), **(kwargs or {})))
+        kwargs = kwargs or {}
+        if function not in PRODUCTS or args[0].dtype is not torch.bfloat16:
+            return function(*args, **kwargs)
+        return tree_map(_to_bf16, function(*tree_map(_to_fp32, args), **kwargs))
 
 
 def fast_products() -> AbstractContextManager[Any]:

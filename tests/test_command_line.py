@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, run_python
-from tests.launching import free_port
+from tests.launching import finish, write_configs
 
 SCRIPT = """
 import signal
@@ -94,23 +94,15 @@ command_line.exit_with(ValueError("3 is no size"), silent=True)"""
     assert (done.returncode, done.stderr) == (2, "")
 
 
-def test_of_ranks_with_the_same_mistake_one_speaks_although_it_is_the_last(tmp_path: Path) -> None:
+def test_of_ranks_with_the_same_mistake_one_speaks_although_it_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The launcher ends every rank when the first has ended."""
     late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(4)\n"
     (tmp_path / "sitecustomize.py").write_text(late)
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_addr", "127.0.0.1"]
-    launcher += ["--master_port", str(free_port()), "--module", "vqrae_ds.train"]
-    files = ["--config", "ds_configs/tiny/stage1.yaml", "--deepspeed_config"]
-    files += ["ds_configs/stage1_cpu.json", "losses.perceptual.wieght=1"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, *launcher, *files],
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    write_configs(tmp_path, tmp_path / "no_lpips")
+    done = finish(tmp_path, 1, "losses.perceptual.wieght=1")
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(said) == 1, done.stderr
     assert "did you mean losses.perceptual.weight?" in said[0]

@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 SCRIPT = Path(__file__).with_name("minicluster.sh")
 CONTROLLER = "ctl"
+BUSY_SECONDS = 240  # that a step of a test may take on a machine that is busy
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 

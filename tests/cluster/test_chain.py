@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.cluster import runs
-from tests.cluster.cluster import CONTROLLER, ENDED, MiniCluster, wait_until
+from tests.cluster.cluster import BUSY_SECONDS, CONTROLLER, ENDED, MiniCluster, wait_until
 from vqrae_ds import VQRAE
 from vqrae_ds.stopping import DONE, STOP
 
@@ -35,7 +35,7 @@ def test_stages_wait_for_one_another_over_a_requeue(cluster, folder, straight):
     first = jobs[0]
     runs.wait_for_step(out / "stage1", 5, lambda: cluster.job(first)["JobState"] not in ENDED)
     (out / "stage1" / STOP).touch()
-    wait_until("a requeue", 240, lambda: cluster.job(first)["Restarts"] == "1")
+    wait_until("a requeue", BUSY_SECONDS, lambda: cluster.job(first)["Restarts"] == "1")
     assert [cluster.job(job)["Reason"] for job in jobs[1:]] == ["Dependency"] * 3
     for job in jobs:
         ended = cluster.wait_for_job(job, seconds=2 * runs.START_SECONDS)
@@ -49,7 +49,7 @@ def test_what_follows_a_stage_that_fails_is_cancelled(cluster, folder):
     jobs = submit_chain(
         cluster, folder, folder / "broken", folder / "not_there.yaml"
     ).stdout.split()
-    states = [cluster.wait_for_job(job, seconds=240)["JobState"] for job in jobs]
+    states = [cluster.wait_for_job(job, seconds=BUSY_SECONDS)["JobState"] for job in jobs]
     assert states == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
     assert not (folder / "broken").exists()
 
@@ -60,4 +60,4 @@ def test_a_chain_that_cannot_be_submitted_whole_leaves_nothing_in_the_queue(clus
     assert done.returncode == 1 and "invalid partition" in done.stderr
     (job,) = done.stdout.split()
     assert done.stderr.splitlines()[-1] == f"error: the chain is not complete; cancelled: {job}"
-    assert cluster.wait_for_job(job, seconds=240)["JobState"] == "CANCELLED"
+    assert cluster.wait_for_job(job, seconds=BUSY_SECONDS)["JobState"] == "CANCELLED"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.cluster import faults
-from tests.cluster.cluster import CONTROLLER, MiniCluster, wait_until
+from tests.cluster.cluster import BUSY_SECONDS, CONTROLLER, MiniCluster, wait_until
 from tests.cluster.doctor_faults import FAULTS, PORT, Fault, Place
 from tests.cluster.faults import mounted, shell
 from tests.config_files import write_files
@@ -139,10 +139,10 @@ def test_in_an_allocation_of_slurm(place: Place) -> None:
         command = ["salloc", "--quiet", "-N2", "bash", "-c", script]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with place.cluster.start(CONTROLLER, command, env=settings, **pipes) as job:
-            wait_until("the allocation", 240, ready.exists)
+            wait_until("the allocation", BUSY_SECONDS, ready.exists)
             with fault:
                 begin.touch()
-                output, errors = job.communicate(timeout=240)
+                output, errors = job.communicate(timeout=BUSY_SECONDS)
         assert job.returncode == status, output + errors
         assert re.search(line, output, re.MULTILINE), output + errors
         assert float(re.search(r"real\s0m([\d.]+)s", errors)[1]) < SECONDS, errors

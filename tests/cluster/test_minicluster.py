@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cluster.cluster import CONTROLLER
+from tests.cluster.cluster import BUSY_SECONDS, CONTROLLER
 
 pytestmark = pytest.mark.slow
 
@@ -13,7 +13,7 @@ CLUSTER = {"MC_TIMEOUT": "5"}
 
 def test_jobs_ssh_and_what_may_befall_a_node(cluster, tmp_path):
     job = cluster.submit("-N2", "-o", tmp_path / "log", "--wrap", "srun hostname")
-    assert cluster.wait_for_job(job, "COMPLETED", seconds=240)["Restarts"] == "0"
+    assert cluster.wait_for_job(job, "COMPLETED", seconds=BUSY_SECONDS)["Restarts"] == "0"
     assert sorted((tmp_path / "log").read_text().split()) == ["n1", "n2"]
     assert cluster.ask("n1", "ssh", "n2", "hostname") == "n2\n"
     pdsh = cluster.ask(CONTROLLER, "pdsh", "-R", "ssh", "-w", "n1,n2", "hostname")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import faults, runs
-from tests.cluster.cluster import CONTROLLER, ENDED, MiniCluster, wait_until
+from tests.cluster.cluster import BUSY_SECONDS, CONTROLLER, ENDED, MiniCluster, wait_until
 from vqrae_ds.stopping import DONE, PREEMPTED, STOP
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -94,9 +94,9 @@ def two_minutes(cluster: MiniCluster, job: str) -> int:
 
 def preempt_in_the_doctor_s_hands(cluster: MiniCluster, folder: Path, run: Path, job: str) -> None:
     """Another job takes the nodes while the doctor waits for a file server that hangs."""
-    wait_until("the launcher", 240, (run / "launch" / "owner.json").exists)
+    wait_until("the launcher", BUSY_SECONDS, (run / "launch" / "owner.json").exists)
     cluster.ask(CONTROLLER, *PREEMPTING)
-    wait_until("a requeue", 240, lambda: cluster.job(job)["Restarts"] == "1")
+    wait_until("a requeue", BUSY_SECONDS, lambda: cluster.job(job)["Restarts"] == "1")
     assert "BROKEN: do not start yet" in (folder / f"{run.name}.log").read_text()
     assert not (run / "metrics.jsonl").exists()
 
@@ -117,9 +117,11 @@ def test_a_job_comes_back_from_every_interruption(cluster, folder, straight):
         runs.wait_for_step(run, 4 + 10 * number, lambda: is_there(cluster, job))
         runs.send(cluster, "n2", "STOP", rank)
         cluster.ask(CONTROLLER, *(command := interruption()))
-        wait_until(f"{command} to be heard of", 240, partial(has_heard, cluster, run, rank))
+        wait_until(
+            f"{command} to be heard of", BUSY_SECONDS, partial(has_heard, cluster, run, rank)
+        )
         cluster.run("n2", "kill", "-CONT", str(rank))
-        wait_until("a requeue", 240, lambda r=restarts: cluster.job(job)["Restarts"] != r)
+        wait_until("a requeue", BUSY_SECONDS, lambda r=restarts: cluster.job(job)["Restarts"] != r)
         assert not (run / DONE).exists()
         if "update" in command:
             cluster.ask(CONTROLLER, "scontrol", "update", f"JobId={job}", "TimeLimit=20")
@@ -132,7 +134,7 @@ def test_a_job_that_is_asked_to_stop_before_it_has_begun_does_not_come_back(clus
     """As where --signal leaves as much time as --time gives: it would come back for ever."""
     run = folder / "asked"
     job = runs.submit(cluster, folder, run)
-    wait_until("the launcher", 240, (run / "launch" / "owner.json").exists)
+    wait_until("the launcher", BUSY_SECONDS, (run / "launch" / "owner.json").exists)
     cluster.ask(CONTROLLER, "scancel", "--batch", "--signal=USR1", job)
     ended = cluster.wait_for_job(job, seconds=runs.START_SECONDS)
     assert ended["JobState"] == "FAILED" and ended["Restarts"] == "0"
@@ -147,7 +149,7 @@ def test_a_job_that_is_cancelled_or_whose_rank_is_killed_goes_on_when_it_is_subm
     runs.wait_for_step(run, 5, lambda: is_there(cluster, job))
     cluster.ask(CONTROLLER, "scancel", job)
     wait_until("every process to end", END_SECONDS, lambda: not runs.left_on(cluster))
-    wait_until("nodes that are free", 240, lambda: is_free(cluster))
+    wait_until("nodes that are free", BUSY_SECONDS, lambda: is_free(cluster))
     ended = cluster.job(job)
     assert ended["JobState"] == "CANCELLED" and ended["Restarts"] == "0"
     assert (run / PREEMPTED).exists(), "it has saved"

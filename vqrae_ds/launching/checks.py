@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqrae_ds.config.data_paths import FROM_IMAGES
+from vqrae_ds.config.data_paths import FROM_IMAGES, index_command
 from vqrae_ds.launching import room
 from vqrae_ds.launching.hosts import Host
 from vqrae_ds.launching.needs import PACKAGE, Needs
@@ -264,7 +264,7 @@ def _local_disk(reports: Sequence[Report], needs: Needs) -> list[Cell]:
 
 
 def _shards(folder: str) -> Judge:
-    rebuild = f"copy it again, or `python tools/make_shards.py --index-only {shlex.quote(folder)}`"
+    rebuild = f"copy it again, or {index_command(Path(folder))}"
 
     def judge_one(value: Any, _: Report) -> Cell:
         if value["shards"] is None:
