@@ -32,3 +32,4 @@ else
     "${pip[@]}" --editable ".${EXTRA:+[$EXTRA]}"
 fi
 echo "$wanted" >"$READY"
+echo ".venv is ready: source .venv/bin/activate"

@@ -18,7 +18,7 @@ import torch
 
 from tests.conftest import run_python
 from tests.test_zero_shards import Payload
-from tests.zero_files import seal, write_model_step
+from tests.zero_files import seal, write_model_step, write_split_step
 from vqrae_ds.conversion.consolidate import consolidate
 from vqrae_ds.conversion.inspection import TensorEntry, inspect
 from vqrae_ds.conversion.inspection_report import as_text, show_bytes, summarize
@@ -57,6 +57,13 @@ def test_a_run_is_its_newest_complete_step(run):
     folder = run / "checkpoints" / "step_00000020"
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert sum(group.num_bytes for group in found.files.values()) == written
+
+
+def test_pretrained_weights_of_the_run_are_told_from_what_else_is_frozen(tmp_path):
+    found = inspect(write_split_step(tmp_path / "run"))
+    (path,) = (tmp_path / "run" / "frozen").iterdir()
+    assert found.facts["pretrained weights"] == f"{path}, {path.stat().st_size:,} bytes"
+    assert found.files["frozen weights"].count == 1
 
 
 def test_the_tensors_are_those_of_the_model(run, tmp_path):

@@ -118,7 +118,7 @@ def _inspect_step(folder: Path, verify: bool, progress: bool) -> Inspection:
         }
         if manifest.frozen is not None:
             file = frozen_file(run_of(folder), manifest.frozen)
-            facts["frozen weights"] = f"{file}, {manifest.frozen.size:,} bytes"
+            facts["pretrained weights"] = f"{file}, {manifest.frozen.size:,} bytes"
         damage += find_damage_of_checkpoint(folder, manifest, checksums=verify, progress=progress)
     tensors: list[TensorEntry] = []
     for engine in (GENERATOR, DISCRIMINATOR):

@@ -189,8 +189,8 @@ def _teacher_of_folder(folder: WeightFolder, record: Record | None) -> dict[str,
     if record is not None and record.stage == 2:
         raise ValueError(
             f"init.model: {folder.folder} is of stage 2, and its encoder is not the first one any "
-            "more: name its run in init.from_run instead, which has the teacher, set "
-            "losses.distillation to null, or start from stage 1"
+            "more: name its run in init.from_run instead, which has the teacher if it learned from "
+            "one, set losses.distillation to null, or start from stage 1"
         )
     encoder = "encoder."
     return {
