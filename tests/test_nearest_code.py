@@ -152,14 +152,14 @@ def test_each_way_is_taken(small_tiles: None) -> None:
     codes_KD[50:150] = codes_KD[0] + 1e-4 * codes_KD[50:150]
     codes_KD[100:150] = codes_KD[0] + 1e-4 * codes_KD[100:150]
     z_ND[:20] = codes_KD[0] + 1e-2 * z_ND[:20]
+    z_ND[20:30] = (codes_KD[1:11] + codes_KD[11:21]) / 2  # about as near to the one as to the other
     norms, crowded = module.code_norms(codes_KD), []
     for dtype in (torch.bfloat16, torch.float32):
-        screened = module._screen(z_ND, codes_KD, norms, dtype)
-        near_N = (
-            screened.scores_nM <= screened.scores_nM[:, :1] + 2 * screened.bound_n[:, None]
-        ).sum(1)
+        candidates, is_crowded_N = module._screen(z_ND, codes_KD, norms, dtype)
+        near_N = candidates.per_token(40)
         assert (near_N > 1).any() and (near_N == 1).any()
-        crowded.append(int(module._settle(z_ND, codes_KD, screened)[1].sum()))
+        assert torch.equal(near_N == 0, is_crowded_N)
+        crowded.append(int(is_crowded_N.sum()))
     assert crowded[0] >= crowded[1] > 0
     assert torch.equal(nearest_code(z_ND, codes_KD), exact(z_ND, codes_KD))
 

@@ -43,6 +43,19 @@ def lowest_tied(distances_NM: Tensor, indices_NM: Tensor) -> Tensor:
     return torch.where(is_tied_NM, indices_NM, indices_NM.amax(1, keepdim=True)).amin(1)
 
 
+def nearest_of_pairs(
+    distance_P: Tensor, token_P: Tensor, code_P: Tensor, num_tokens: int
+) -> Tensor:
+    """The nearest code (N,) of those that each token is paired with; 0 where that is none."""
+    smallest_N = distance_P.new_full((num_tokens,), torch.inf)
+    smallest_N.scatter_reduce_(0, token_P, distance_P, "amin")
+    is_tied_P = distance_P <= SAME * smallest_N[token_P]
+    index_N = torch.zeros(num_tokens, dtype=torch.int64, device=code_P.device)
+    return index_N.scatter_reduce_(
+        0, token_P[is_tied_P], code_P[is_tied_P], "amin", include_self=False
+    )
+
+
 def search_in_float64(z_ND: Tensor, codes_KD: Tensor) -> Tensor:
     """Indices (N,) of the nearest codes, by scores in float64 that leave few pairs to settle.
 

@@ -1,19 +1,19 @@
 """The nearest code of every token by L2 distance, without the tokens x codes matrix.
 
 A search screens, then settles. Screening goes through the codes tile by tile with matrix products
-in low precision, and keeps for each token the few codes of the smallest scores. An error bound,
-measured on these very tokens and codes, says which of the others could still be the nearest:
+in low precision, and keeps for each token the codes that could be the nearest (`near_codes`). An
+error bound, measured on these very tokens and codes, says which:
 
     score(z, c) = |c|^2 / 2 - <z, c>, of which |z - c|^2 is twice, plus |z|^2, the same for all c
     |screened score - score| <= bound(z), so that the nearest code has a screened score within
     2 bound(z) of the smallest one
 
 Where one code alone is within, it is the answer. Where a few are, `code_distances` says which of
-them is the nearest. Where more are than were kept, the token is screened again in higher precision.
+them is the nearest. Where many are, the token is crowded, and screened again in higher precision.
 So the result is that of an exact search, on any machine and with any size of tile.
 
-Shapes: N tokens, K codes, D dimensions, M candidates of a token, P pairs of a token and a code;
-n and k count those of one tile.
+Shapes: N tokens, K codes, D dimensions, P pairs of a token and a code; n and k count those of one
+tile.
 """
 
 from __future__ import annotations
@@ -25,12 +25,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vqrae_ds.ops.code_distances import SAME, lowest_tied, pair_distances, search_in_float64
+from vqrae_ds.ops.code_distances import (
+    SAME,
+    nearest_of_pairs,
+    pair_distances,
+    search_in_float64,
+)
+from vqrae_ds.ops.near_codes import Found, NearCodes, Pairs
 
 TILE_TOKENS = 1024
 TILE_CODES = 2048
 TILE_NORMS = 512  # codes
-CANDIDATES = 32  # that a screening keeps for each token
 
 # Of a sum of D products in fp32, relative to |z| |c|, each term rounded four times: once would do
 # on a CPU (Higham, "Accuracy and Stability of Numerical Algorithms", 3.1), the matrix units of a
@@ -64,14 +69,6 @@ class Search(Protocol):
 
     def __call__(self, z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
         """Indices (N,) int64."""
-
-
-class Screened(NamedTuple):
-    """The codes of the smallest scores, ascending, and the error that each score has at most."""
-
-    scores_nM: Tensor
-    indices_nM: Tensor
-    bound_n: Tensor
 
 
 @torch.no_grad()
@@ -135,9 +132,9 @@ def _search_tile(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms) -> Tensor:
     left_n, tokens_nD = torch.arange(len(z_nD), device=z_nD.device), z_nD
     device_type = z_nD.device.type
     for dtype in _screening_dtypes(device_type, _rounds_fp32(device_type)):
-        screened = _screen(tokens_nD, codes_KD, norms, dtype)
-        index_n[left_n], is_crowded_n = _settle(tokens_nD, codes_KD, screened)
-        left_n = left_n[is_crowded_n]
+        candidates, is_crowded_n = _screen(tokens_nD, codes_KD, norms, dtype)
+        index_n[left_n] = _settle(tokens_nD, codes_KD, candidates)
+        left_n = left_n[is_crowded_n & tokens_nD.isfinite().all(1)]
         if not len(left_n):
             return index_n
         tokens_nD = z_nD[left_n]
@@ -172,36 +169,35 @@ def _rounds_fp32(device_type: str) -> bool:
     return backend.matmul.fp32_precision not in ("none", "ieee")
 
 
-def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype) -> Screened:
-    """Score all codes in `dtype`, tile by tile, and keep the best of each token."""
+def _screen(z_nD: Tensor, codes_KD: Tensor, norms: CodeNorms, dtype: torch.dtype) -> Found:
+    """Score all codes in `dtype`, tile by tile, and find which may be nearest.
+
+    An error is within the bound as soon as the score is known, so a bound that grows with the
+    products seen so far will do.
+    """
     moved_nD = z_nD.float() - norms.origin_D
     rounded_nD = moved_nD.to(dtype)
     norm_n, rounding_n = moved_nD.norm(dim=1), (moved_nD - rounded_nD).norm(dim=1)
     del moved_nD
-    scores_nM = norm_n.new_empty(len(z_nD), 0)
-    indices_nM = torch.empty(len(z_nD), 0, dtype=torch.int64, device=z_nD.device)
-    largest_n = torch.zeros_like(norm_n)
-    for first in range(0, len(codes_KD), TILE_CODES):
-        tile = slice(first, first + TILE_CODES)
-        half_norms_k = norms.half_norms_K[tile]
-        products_nk = _products(rounded_nD, codes_KD[tile], norms.origin_D)
-        if products_nk.dtype == torch.bfloat16:
-            largest_n = torch.maximum(largest_n, products_nk.abs().amax(1))
-        scores_nm, positions_nm = _smallest(half_norms_k - products_nk)
-        del products_nk  # before the next ones are made
-        scores_nM = torch.cat([scores_nM, scores_nm], 1)
-        indices_nM = torch.cat([indices_nM, positions_nm + first], 1)
-        scores_nM, kept_nM = _smallest(scores_nM)
-        indices_nM = indices_nM.gather(1, kept_nM)
     dimensions = z_nD.shape[1]
     bound_n = error_bound(norm_n, norms, dimensions, dimensions)
     if dtype == torch.bfloat16:
         # With z = z' + r and c = c' + s, primes for bf16: <z, c> - <z', c'> = <z, s> + <r, c'>.
         rounding = norms.largest_rounding + TINY
         rounding_n = norm_n * rounding + rounding_n * (norms.largest + rounding)
-        # And the products may come back in bf16, rounded once.
-        bound_n = bound_n + MARGIN * (rounding_n + ROUNDING_TO_BFLOAT16 * largest_n)
-    return Screened(scores_nM, indices_nM, bound_n)
+        bound_n = bound_n + MARGIN * rounding_n
+    near = NearCodes(len(z_nD), z_nD.device)
+    largest_n = torch.zeros_like(norm_n)
+    for first in range(0, len(codes_KD), TILE_CODES):
+        tile = slice(first, first + TILE_CODES)
+        products_nk = _products(rounded_nD, codes_KD[tile], norms.origin_D)
+        if products_nk.dtype == torch.bfloat16:  # each of them was rounded once
+            largest_n = torch.maximum(largest_n, products_nk.abs().amax(1))
+        scores_nk = _subtract(norms.half_norms_K[tile], products_nk)
+        del products_nk  # before the next ones are made
+        near.add(scores_nk, first, 2 * (bound_n + MARGIN * ROUNDING_TO_BFLOAT16 * largest_n))
+        del scores_nk
+    return near.found()
 
 
 def _products(rounded_nD: Tensor, codes_kD: Tensor, origin_D: Tensor) -> Tensor:
@@ -216,26 +212,17 @@ def _products(rounded_nD: Tensor, codes_kD: Tensor, origin_D: Tensor) -> Tensor:
     return rounded_nD @ moved_Dk
 
 
-def _smallest(scores_nk: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest of each row, ascending, and their places."""
-    return scores_nk.topk(min(CANDIDATES, scores_nk.shape[1]), 1, largest=False)
+def _subtract(half_norms_k: Tensor, products_nk: Tensor) -> Tensor:
+    """The scores, fp32, in the place of products that are."""
+    in_place = {"out": products_nk} if products_nk.dtype == torch.float32 else {}
+    return torch.sub(half_norms_k, products_nk, **in_place)
 
 
-def _settle(z_nD: Tensor, codes_KD: Tensor, screened: Screened) -> tuple[Tensor, Tensor]:
-    """Indices (n,), and where they mean nothing yet: codes that were not kept may be nearer.
-
-    So it is where finite values have a bound that is not: fp32 is too small for their squares, and
-    the sum of a product may even be nan, by infinities of both signs.
-    """
-    scores_nM, indices_nM, bound_n = screened
-    limit_n = scores_nM[:, 0] + 2 * bound_n
-    is_near_nM = scores_nM <= limit_n[:, None]
-    is_crowded_n = is_near_nM.all(1) & (len(codes_KD) > CANDIDATES)
-    is_crowded_n |= ~limit_n.isfinite() & z_nD.isfinite().all(1)
-    is_tied_n = (is_near_nM.sum(1) > 1) & ~is_crowded_n
-    token_P, candidate_P = (is_near_nM & is_tied_n[:, None]).nonzero(as_tuple=True)
-    code_P = indices_nM[token_P, candidate_P]
-    distances_nM = torch.full_like(scores_nM, torch.inf, dtype=torch.float64)
-    distances_nM[token_P, candidate_P] = pair_distances(z_nD, codes_KD, token_P, code_P)
-    nearest_n = lowest_tied(distances_nM, indices_nM)
-    return torch.where(is_tied_n, nearest_n, indices_nM[:, 0]), is_crowded_n
+def _settle(z_nD: Tensor, codes_KD: Tensor, candidates: Pairs) -> Tensor:
+    """Indices (n,) of the nearest of the candidates; 0 where a token has none."""
+    token_P, code_P, _ = candidates
+    is_tied_P = (candidates.per_token(len(z_nD)) > 1)[token_P]
+    distance_P = torch.zeros(len(token_P), dtype=torch.float64, device=z_nD.device)
+    tied = candidates.where(is_tied_P)
+    distance_P[is_tied_P] = pair_distances(z_nD, codes_KD, tied.token_P, tied.code_P)
+    return nearest_of_pairs(distance_P, token_P, code_P, len(z_nD))
