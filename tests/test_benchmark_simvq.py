@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 import pytest
 import torch
 
@@ -77,9 +79,9 @@ def test_the_whole_benchmark_small() -> None:
     assert rows["wrong_codes_n1024"].ours == rows["wrong_codes_n4096"].ours == 0
     assert all(row.ours > 0 for name, row in rows.items() if name.startswith("time"))
     memory = report.details["memory"]
-    assert rows["peak_memory_n4096"].ours == memory["default"][OURS]
+    assert rows["peak_memory_n4096"].ours == median(memory["default"][OURS])
     matrix = 4096 * SMALL.num_codes * 4 / 1e6
-    assert all(memory[allocator]["textbook"] > matrix for allocator in ("default", "mmap"))
+    assert all(min(memory[a]["textbook"]) > matrix for a in ("default", "mmap"))
 
 
 def test_a_mistake_is_one_line() -> None:

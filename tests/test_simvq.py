@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from vector_quantize_pytorch import SimVQ as TheirSimVQ
 
 from tests.test_nearest_code import assert_nearest, make_inputs
@@ -150,6 +151,33 @@ def test_the_code_before_the_straight_through_step_trains_the_projection() -> No
     assert torch.equal(quantized.code_BND, quantized.z_q_BND)
     quantized.code_BND.sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in simvq.embedding_proj.parameters())
+
+
+def test_a_code_is_projected_for_the_search_alone() -> None:
+    simvq, z_BND, flops = make_simvq(), random_z(2, 9, D), []
+    for find in (simvq.find_codes, simvq.quantize):
+        with FlopCounterMode(display=False) as counter:
+            find(z_BND)
+        flops.append(counter.get_total_flops())
+    assert flops[1] == flops[0] >= 2 * K * D * D
+
+
+@pytest.mark.parametrize("options", EVERY_PROJECTION, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_the_code_of_a_search_has_the_gradient_of_one_that_is_projected(
+    dtype: torch.dtype, is_mixed: bool, options: dict[str, object]
+) -> None:
+    simvq, weight_BND, found = make_simvq(**options).to(dtype), random_z(3, 20, D), []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_mixed):
+        searched = simvq.quantize(random_z(3, 20, D))
+        projected_BND = simvq.codes_at(searched.indices_BN)
+    for code_BND in (searched.code_BND, projected_BND):
+        (code_BND * weight_BND).sum().backward()
+        found.append([code_BND, *(p.grad.clone() for p in simvq.embedding_proj.parameters())])
+        simvq.zero_grad()
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_the_codebook_is_unchanged_by_training_and_the_projection_is_not() -> None:

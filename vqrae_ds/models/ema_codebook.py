@@ -63,9 +63,9 @@ class EMACodebook(Quantizer):
             sync_codebook=self._is_synchronised,
         )
 
-    def codes_at(self, indices: Tensor) -> Tensor:
+    def codes_at(self, indices: Tensor, values: Tensor | None = None) -> Tensor:
         """The codes (*indices.shape, D), as they are now, at indices inside the codebook."""
-        return F.embedding(indices, self.vq.codebook)
+        return F.embedding(indices, self.vq.codebook) if values is None else values
 
     def loss(self, z_BND: Tensor, code_BND: Tensor) -> Tensor:
         """The commitment of the tokens to their codes, which have no gradient."""

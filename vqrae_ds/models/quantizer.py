@@ -25,6 +25,13 @@ class SearchedCodes(NamedTuple):
     norms: CodeNorms
 
 
+class Chosen(NamedTuple):
+    """The nearest codes, and without gradient their values, where all codes are held here."""
+
+    indices_BN: Tensor
+    value_BND: Tensor | None
+
+
 class QuantizerOutput(NamedTuple):
     """`z_q` has the shape of the input, `indices` the same without the channel dimension."""
 
@@ -79,8 +86,11 @@ class Quantizer(nn.Module):
         counts = torch.zeros(num_embeddings, dtype=torch.int64)
         self.register_buffer("code_counts", counts, persistent=False)
 
-    def codes_at(self, indices: Tensor) -> Tensor:
-        """The codes (*indices.shape, D) at indices inside the codebook."""
+    def codes_at(self, indices: Tensor, values: Tensor | None = None) -> Tensor:
+        """The codes (*indices.shape, D) at indices inside the codebook, with gradient.
+
+        `values`, where whoever calls has them already, are the same without gradient.
+        """
         raise NotImplementedError
 
     def searched_codes(self) -> SearchedCodes:
@@ -132,20 +142,25 @@ class Quantizer(nn.Module):
         refused, for a rank that raises alone leaves its peers hanging in their next collective. The
         loss is not finite then, which stops all ranks together.
         """
-        indices_BN = self.find_codes(z_BND)
-        code_BND = self.codes_at(indices_BN)  # of the chosen codes alone, with gradient
+        indices_BN, value_BND = self._choose(z_BND, with_values=torch.is_grad_enabled())
+        code_BND = self.codes_at(indices_BN, value_BND)  # of the chosen codes alone, with gradient
         # z - z is 0 in value, so the value is exactly the code, and has the gradient of z.
         z_q_BND = code_BND.detach().to(z_BND.dtype) + (z_BND - z_BND.detach())
         return Quantized(code_BND, z_q_BND, self.loss(z_BND, code_BND), indices_BN)
 
-    @torch.no_grad()
     def find_codes(self, z_BND: Tensor) -> Tensor:
         """Indices (B, N) int64 of the nearest codes, counted for the statistics."""
-        found_N = self.search(z_BND.flatten(0, 1), *self.searched_codes())
+        return self._choose(z_BND, with_values=False).indices_BN
+
+    @torch.no_grad()
+    def _choose(self, z_BND: Tensor, *, with_values: bool) -> Chosen:
+        searched = self.searched_codes()
+        found_N = self.search(z_BND.flatten(0, 1), *searched)
+        self.code_counts.index_add_(0, found_N, torch.ones_like(found_N))
         indices_BN = found_N.view(z_BND.shape[:2])
-        found = indices_BN.flatten()
-        self.code_counts.index_add_(0, found, torch.ones_like(found))
-        return indices_BN
+        has_all = len(searched.codes_KD) == self.num_embeddings
+        value_BND = searched.codes_KD[indices_BN] if with_values and has_all else None
+        return Chosen(indices_BN, value_BND)
 
     def finish_step(self, *, is_taken: bool) -> None:
         """A training step has ended; one that is not taken must leave no trace in the codes."""

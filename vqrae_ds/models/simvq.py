@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vqrae_ds.models.quantizer import Quantizer, SearchedCodes
 from vqrae_ds.ops.nearest_code import Search, code_norms, nearest_code
@@ -71,6 +72,31 @@ class CodebookProjection(nn.Linear):
         if self.bias is not None:
             self.bias.zero_()
 
+    def forward(self, rows: Tensor, values: Tensor | None = None) -> Tensor:
+        """The projected rows (..., D); `values` has them, where they are known already."""
+        if values is None:
+            return super().forward(rows)
+        return KnownProjection.apply(values, rows, self.weight, self.bias)
+
+
+class KnownProjection(torch.autograd.Function):
+    """A linear layer of which the result is known: only its weights' gradient is left to do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, rows: Tensor, _weight: Tensor, _bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(rows)
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor | None]:
+        (rows,) = ctx.saved_tensors
+        grad_ND = grad.flatten(0, -2)
+        grad_weight = grad_ND.T @ rows.flatten(0, -2).to(grad.dtype)
+        return None, None, grad_weight, grad_ND.sum(0) if ctx.needs_input_grad[3] else None
+
 
 class SimVQ(Quantizer):
     """Vector quantiser with K codes `embedding_proj(embedding)`, the nearest by L2 distance.
@@ -110,10 +136,10 @@ class SimVQ(Quantizer):
         self._keeps_codes = False
         self._kept: SearchedCodes | None = None
 
-    def codes_at(self, indices: Tensor) -> Tensor:
-        """The projected codes (*indices.shape, D) at indices inside the codebook."""
+    def codes_at(self, indices: Tensor, values: Tensor | None = None) -> Tensor:
+        """As in the base class; with `values` no row is projected once more."""
         # Weights are reached by calling their module: a sharded one holds them only while it runs.
-        return self.embedding_proj(self.embedding(indices))
+        return self.embedding_proj(self.embedding(indices), values)
 
     @torch.no_grad()
     def searched_codes(self) -> SearchedCodes:

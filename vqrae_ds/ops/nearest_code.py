@@ -33,8 +33,8 @@ from vqrae_ds.ops.code_distances import (
 )
 from vqrae_ds.ops.near_codes import Found, NearCodes, Pairs
 
-TILE_TOKENS = 1024
-TILE_CODES = 2048
+TILE_TOKENS = 2048
+TILE_CODES = 1024
 TILE_NORMS = 512  # codes
 
 # Of a sum of D products in fp32, relative to |z| |c|, each term rounded four times: once would do
