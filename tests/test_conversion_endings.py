@@ -33,12 +33,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wait_for_partial(output: Path, process: subprocess.Popen[str]) -> Path:
     """The folder that the process writes into, as soon as a file is in it."""
-    pattern = f".{output.name}.*.partial/*"
-    left = {path.parent for path in output.parent.glob(pattern)}
-    while not (found := [f for f in output.parent.glob(pattern) if f.parent not in left]):
+    pattern = f".{output.name}.*.partial"
+    left = set(output.parent.glob(pattern))  # the process removes them, so nobody looks inside
+    while True:
+        for folder in set(output.parent.glob(pattern)) - left:
+            if any(folder.iterdir()):
+                return folder
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.001)
-    return found[0].parent
 
 
 def wait_for_record(output: Path, process: subprocess.Popen[str]) -> Path:

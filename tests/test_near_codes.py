@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.storages import Storages
 from vqrae_ds.ops.near_codes import CANDIDATES, MEMBERS, Found, NearCodes, Pairs
 
 
@@ -24,7 +25,7 @@ def codes_of(pairs: Pairs, token: int) -> list[int]:
 @pytest.mark.parametrize("order", ["as drawn", "falling", "rising"])
 def test_what_is_within_the_window_is_kept(tile: int, order: str) -> None:
     """Falling scores are the worst: each tile has candidates, and all but the last are lost."""
-    scores_nK = torch.randn(12, 300, generator=torch.Generator().manual_seed(0))
+    scores_nK = torch.randn(12, 1000, generator=torch.Generator().manual_seed(0))
     if order != "as drawn":
         scores_nK = scores_nK.sort(1, descending=order == "falling").values
     limits = torch.linspace(0, 1.5, 12)
@@ -42,12 +43,35 @@ def test_what_is_within_the_window_is_kept(tile: int, order: str) -> None:
     assert is_crowded_n[~few_n].all(), "else candidates were lost without a word"
 
 
-def test_a_token_is_crowded_only_if_what_it_lost_still_counts() -> None:
-    scores_nK = torch.zeros(2, 200)
-    scores_nK[0, 150] = -9.0  # far below the many that were as good as each other until then
-    pairs, is_crowded_n = collect(scores_nK, torch.ones(2), 64)
+MANY = (CANDIDATES + 8) * MEMBERS  # a tile of which all are near has too many near columns
+
+
+@pytest.mark.parametrize("tile", [64, MANY])
+@pytest.mark.parametrize("best", [10, 2 * MANY + 20])
+def test_a_token_is_crowded_only_if_what_it_lost_still_counts(tile: int, best: int) -> None:
+    scores_nK = torch.zeros(2, 3 * MANY)
+    scores_nK[0, best] = -9.0  # far below the many that are as good as each other
+    pairs, is_crowded_n = collect(scores_nK, torch.ones(2), tile)
     assert is_crowded_n.tolist() == [False, True]
-    assert pairs.token_P.tolist() == [0] and pairs.code_P.tolist() == [150]
+    assert pairs.token_P.tolist() == [0] and pairs.code_P.tolist() == [best]
+
+
+@pytest.mark.parametrize("tile", [64, MANY])
+def test_the_smallest_of_what_was_lost_counts(tile: int) -> None:
+    scores_nK = torch.cat([torch.zeros(1, MANY), torch.full((1, 2 * MANY), 0.9)], 1)
+    scores_nK[0, -1] = -0.5
+    pairs, is_crowded_n = collect(scores_nK, torch.ones(1), tile)
+    assert is_crowded_n.item() and not len(pairs.token_P), "0 is still within 1 of the smallest"
+
+
+def test_near_columns_full_of_near_codes_take_no_more_memory_than_a_tile() -> None:
+    scores_nk = torch.full((256, 1024), 5.0)
+    scores_nk.view(256, MEMBERS, -1)[:, :, :CANDIDATES] = 0.0
+    near = NearCodes(256, scores_nk.device)
+    with Storages([scores_nk]) as storages:
+        near.add(scores_nk, 0, torch.ones(256))
+    assert storages.peak < 1.5 * scores_nk.nbytes
+    assert near.found().is_crowded_n.all()
 
 
 def test_columns_that_are_near_hold_others_that_are_not() -> None:

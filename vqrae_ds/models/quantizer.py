@@ -87,9 +87,9 @@ class Quantizer(nn.Module):
         self.register_buffer("code_counts", counts, persistent=False)
 
     def codes_at(self, indices: Tensor, values: Tensor | None = None) -> Tensor:
-        """The codes (*indices.shape, D) at indices inside the codebook, with gradient.
+        """The codes (*indices.shape, D) at indices inside the codebook; what trains has a gradient.
 
-        `values`, where whoever calls has them already, are the same without gradient.
+        `values`, where whoever calls has them already, are the same codes without one.
         """
         raise NotImplementedError
 
@@ -143,7 +143,7 @@ class Quantizer(nn.Module):
         loss is not finite then, which stops all ranks together.
         """
         indices_BN, value_BND = self._choose(z_BND, with_values=torch.is_grad_enabled())
-        code_BND = self.codes_at(indices_BN, value_BND)  # of the chosen codes alone, with gradient
+        code_BND = self.codes_at(indices_BN, value_BND)
         # z - z is 0 in value, so the value is exactly the code, and has the gradient of z.
         z_q_BND = code_BND.detach().to(z_BND.dtype) + (z_BND - z_BND.detach())
         return Quantized(code_BND, z_q_BND, self.loss(z_BND, code_BND), indices_BN)
@@ -181,6 +181,7 @@ class Quantizer(nn.Module):
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         """The codes (*indices.shape, D): those that `forward` gives for these indices.
 
+        To rounding where `forward` has a gradient: there they come from a product of all codes.
         Raises `ValueError` for an index outside [0, num_embeddings).
         """
         outside = indices[(indices < 0) | (indices >= self.num_embeddings)]

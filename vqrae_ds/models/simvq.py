@@ -80,7 +80,10 @@ class CodebookProjection(nn.Linear):
 
 
 class KnownProjection(torch.autograd.Function):
-    """A linear layer of which the result is known: only its weights' gradient is left to do."""
+    """A linear layer of which the result is known, on frozen rows.
+
+    What is left to do is the gradient of its weights. The result is a view: not to be changed.
+    """
 
     @staticmethod
     def forward(
@@ -91,11 +94,12 @@ class KnownProjection(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
         (rows,) = ctx.saved_tensors
-        grad_ND = grad.flatten(0, -2)
-        grad_weight = grad_ND.T @ rows.flatten(0, -2).to(grad.dtype)
-        return None, None, grad_weight, grad_ND.sum(0) if ctx.needs_input_grad[3] else None
+        grad_ND, rows_ND = (each.reshape(-1, each.shape[-1]) for each in (grad, rows))
+        _, _, has_weight, has_bias = ctx.needs_input_grad
+        grad_weight = grad_ND.T @ rows_ND.to(grad.dtype) if has_weight else None
+        return None, None, grad_weight, grad_ND.sum(0) if has_bias else None
 
 
 class SimVQ(Quantizer):

@@ -30,10 +30,15 @@ def flops_per_image(run: Run) -> float:
 def repeated_flops(run: Run) -> float:
     """FLOPs an image that the other ranks of a tensor-parallel group compute as well as the first.
 
-    That is all but the decoder's blocks and the search of the codes; 0 where a rank is alone. What
-    checkpointing computes is in `recomputed_flops`.
+    That is all but the decoder's blocks and the search of the codes, and the forward of the codes'
+    projection, which a rank that is alone has from its search; 0 for such a one. What checkpointing
+    computes is in `recomputed_flops`.
     """
-    return float((run.schedule.batch.tensor_size - 1) * _undivided(run))
+    size, model = run.schedule.batch.tensor_size, run.config.model
+    flops = (size - 1) * _undivided(run)
+    if size > 1 and model.use_simvq:  # none has searched all codes, so each projects the chosen
+        flops += size * _linear(model.grid_side**2, model.embedding_dim, model.embedding_dim)
+    return float(flops)
 
 
 def _divided(run: Run) -> float:
@@ -60,8 +65,8 @@ def _undivided(run: Run) -> int:
     if model.use_projections:
         flops += (WHOLE_STEP if trains_encoder else FORWARD_AND_WEIGHTS) * _linear(T, D, E)
         flops += WHOLE_STEP * _linear(T, E, decoder_D)
-    if model.use_simvq:  # the codes that were chosen; they are frozen
-        flops += FORWARD_AND_WEIGHTS * _linear(T, E, E)
+    if model.use_simvq:  # the weights' gradient alone: codes are frozen, values from the search
+        flops += _linear(T, E, E)
     return flops + WHOLE_STEP * _linear(T, decoder_D, P)
 
 

@@ -30,7 +30,8 @@ class Pairs(NamedTuple):
 
     def where(self, is_kept_P: Tensor) -> Pairs:
         """Those that are kept."""
-        return Pairs(*(each_P[is_kept_P] for each_P in self))
+        kept_p = is_kept_P.nonzero().flatten()  # once, for a GPU is waited for
+        return Pairs(*(each_P[kept_p] for each_P in self))
 
     def per_token(self, num_tokens: int) -> Tensor:
         """How many pairs each token is in (n,)."""
@@ -45,7 +46,7 @@ class Found(NamedTuple):
 
 
 class NearCodes:
-    """Collects candidates of n tokens. Its memory is at most that of CANDIDATES a token."""
+    """Collects candidates of n tokens: CANDIDATES of each at most, and as many of a tile."""
 
     def __init__(self, num_tokens: int, device: torch.device) -> None:
         self._smallest_n = torch.full((num_tokens,), torch.inf, device=device)
@@ -64,13 +65,17 @@ class NearCodes:
         smallest_n = column_nc.amin(1)
         self._smallest_n = torch.minimum(self._smallest_n, smallest_n)
         self._limit_n = self._smallest_n + window_n
-        limit_n = self._limit_n.clamp(max=torch.finfo(torch.float32).max)  # what pads is above it
+        limit_n = self._limit_n.clamp(max=torch.finfo(torch.float32).max)  # below what pads
         is_near_nc = column_nc <= limit_n[:, None]
         is_kept_n = is_near_nc.sum(1) <= CANDIDATES
         self._lose(~is_kept_n, smallest_n)
         token_p, column_p = (is_near_nc & is_kept_n[:, None]).nonzero(as_tuple=True)
         score_pm = scores_nmc[token_p, :, column_p]
-        place_P, member_P = (score_pm <= limit_n[token_p, None]).nonzero(as_tuple=True)
+        is_near_pm = score_pm <= limit_n[token_p, None]
+        number_n = torch.zeros_like(is_kept_n, dtype=torch.int64)
+        is_kept_n = number_n.index_add_(0, token_p, is_near_pm.sum(1)) <= CANDIDATES
+        self._lose(~is_kept_n, smallest_n)
+        place_P, member_P = (is_near_pm & is_kept_n[token_p, None]).nonzero(as_tuple=True)
         code_P = first + member_P * scores_nmc.shape[2] + column_p[place_P]
         new = Pairs(token_p[place_P], code_P, score_pm[place_P, member_P])
         pairs = Pairs(*(torch.cat(both) for both in zip(self._pairs, new, strict=True)))

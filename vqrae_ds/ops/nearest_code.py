@@ -100,7 +100,7 @@ def nearest_code(z_ND: Tensor, codes_KD: Tensor, norms: CodeNorms | None = None)
     nothing, but is one of the codebook. `norms` are those of `code_norms(codes_KD)`, which whoever
     searches the same codes again need not compute again.
 
-    It reads from the device how many tokens are settled; `nearest_code_triton` does not.
+    It reads from the device at each tile; `nearest_code_triton` does not.
     """
     norms = norms or code_norms(codes_KD)
     index_N = torch.zeros(len(z_ND), dtype=torch.int64, device=z_ND.device)
