@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from vqrae_ds.data.shard_writing import find_images, write_shards
 from vqrae_ds.launching import connections
 from vqrae_ds.launching.checks import Report, judge
 from vqrae_ds.launching.connections import command_for, explain_failure
-from vqrae_ds.launching.doctor import look, look_before_launch
+from vqrae_ds.launching.doctor import ENOUGH_SECONDS, look, look_before_launch
 from vqrae_ds.launching.hosts import Host
 from vqrae_ds.launching.needs import REQUIREMENTS, Needs, needs_of
 from vqrae_ds.launching.table import broken, is_sound, note, ok, render
@@ -271,6 +272,28 @@ def test_a_slow_node_has_the_time_that_it_is_given(
     assert "here  reachable: no answer within 2.5 s" in capsys.readouterr().out
     monkeypatch.setenv("DOCTOR_SECONDS", "20")
     assert look_before_launch(hosts, "local", needs), capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("slept", "given", "least", "most"),
+    [
+        (1, 10, ENOUGH_SECONDS, 9.01),
+        (3, 10, ENOUGH_SECONDS, ENOUGH_SECONDS),
+        (1, 30, 20, 29.01),
+        (1, 6, 6, 6),
+    ],
+)
+def test_a_slow_start_leaves_the_nodes_less_but_enough(
+    slept: float, given: float, least: float, most: float
+) -> None:
+    """The process has begun as the shell that sleeps, like one that waits for its files."""
+    code = f"from vqrae_ds.launching.doctor import left_after_start as left; print(left({given}))"
+    script = f"sleep {slept}; exec {shlex.join([sys.executable, '-c', code])}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert least <= float(done.stdout) <= most
 
 
 def test_the_script(run_files: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vqrae_ds.launching.nodes import ssh_options
+from vqrae_ds.launching.processes import after_name
 from vqrae_ds.launching.slurm_job import UNKNOWN, Refused, state_of
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,5 @@ def _stat(pid: int) -> str:
 
 
 def _began(stat: str) -> str:
-    """Field 22 of /proc/PID/stat; the second one, a name in brackets, may have blanks."""
-    fields = stat.rpartition(")")[2].split()
+    fields = after_name(stat)
     return fields[19] if fields else ""

@@ -42,11 +42,19 @@ def processes_of(mark: str) -> dict[int, Process]:
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             environment = (folder / "environ").read_bytes().split(b"\0")
             if wanted in environment:
-                # proc(5): after the name, which may have any character, state and parent.
-                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                parent = after_name((folder / "stat").read_text())[1]
                 sizes = [entry[11:] for entry in environment if entry.startswith(b"LOCAL_SIZE=")]
                 found[int(folder.name)] = Process(int(parent), int(sizes[0]) if sizes else 0)
     return found
+
+
+def after_name(stat: str) -> list[str]:
+    """The fields of /proc/PID/stat from the third on, which follow the name; none of no text.
+
+    proc(5): the first ones are state and parent, the twentieth is when the process began, in ticks
+    since the machine's start. The name is in brackets and may have any character.
+    """
+    return stat.rpartition(")")[2].split()
 
 
 def end(mark: str, seconds: float = 10.0) -> dict[int, Process]:
